@@ -1,0 +1,115 @@
+"""Capabilities a model can have. A family implements those it has; serving and the CLI offer only these.
+
+No universal base class: each protocol is small, and ``isinstance`` works on all of them.
+Letters: b batch, c channels, t latent frames, T video frames, h w latent size, H W pixels, a action size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from worldloom.schema import GenerationRequest
+
+
+@runtime_checkable
+class VideoTokenizer(Protocol):
+    """Video to latents and back. Causal: frame 0 is encoded alone, then ``temporal_ratio`` frames a latent frame."""
+
+    @property
+    def temporal_ratio(self) -> int: ...
+    @property
+    def spatial_ratio(self) -> int: ...
+    @property
+    def latent_channels(self) -> int: ...
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) that changes whenever the latents would; latent shards record it."""
+        ...
+
+    def encode(self, video: Tensor) -> Tensor:
+        """``(b, 3, T, H, W)`` in [-1, 1], T = 1 + k * temporal_ratio -> ``(b, c, t, h, w)``, about unit variance."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """``(b, c, t, h, w)`` -> ``(b, 3, T, H, W)`` in [-1, 1]."""
+        ...
+
+    def stream_encode(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Encode consecutive chunks of one video with cached state; concatenated, equal to `encode` of the whole."""
+        ...
+
+    def stream_decode(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Decode consecutive latent chunks of one video; concatenated, equal to `decode` of the whole."""
+        ...
+
+
+@runtime_checkable
+class Generates(Protocol):
+    """Makes a video from text, an image, a video or actions."""
+
+    def generate(self, request: GenerationRequest) -> Tensor:
+        """The whole video, conditioning frames included: ``(b, 3, T, H, W)`` in [-1, 1]."""
+        ...
+
+
+@runtime_checkable
+class Steps(Protocol):
+    """An interactive world: set its start, then advance it with actions."""
+
+    @property
+    def action_dim(self) -> int: ...
+    @property
+    def frames_per_step(self) -> int: ...
+
+    def reset(self, video: Tensor, actions: Tensor | None = None, *, seed: int = 0) -> Tensor:
+        """Start from ``(b, 3, T, H, W)`` and its ``(b, T-1, a)`` actions; returns the start as the world sees it."""
+        ...
+
+    def step(self, actions: Tensor) -> Tensor:
+        """Advance by ``(b, frames_per_step, a)`` actions; returns the new frames ``(b, 3, frames_per_step, H, W)``."""
+        ...
+
+    def rollout(self, actions: Tensor) -> Tensor:
+        """``(b, n * frames_per_step, a)`` -> ``(b, 3, n * frames_per_step, H, W)``: repeated `step`."""
+        ...
+
+
+@runtime_checkable
+class Answers(Protocol):
+    """Answers questions about a video."""
+
+    def answer(self, video: Tensor, question: str) -> str: ...
+
+
+@runtime_checkable
+class Embeds(Protocol):
+    """Maps a video to vectors."""
+
+    def embed(self, video: Tensor) -> Tensor:
+        """``(b, 3, T, H, W)`` -> ``(b, d)``."""
+        ...
+
+
+@runtime_checkable
+class Renders(Protocol):
+    """Renders a persistent scene from camera poses."""
+
+    def render(self, poses: Tensor) -> Tensor:
+        """``(b, T, 4, 4)`` camera-to-world -> ``(b, 3, T, H, W)``."""
+        ...
+
+
+@runtime_checkable
+class Plans(Protocol):
+    """Chooses actions that lead from a start to a goal."""
+
+    def plan(self, start: Tensor, goal: Tensor, horizon: int) -> Tensor:
+        """``(b, 3, T, H, W)`` and ``(b, 3, 1, H, W)`` -> actions ``(b, horizon, a)``."""
+        ...
+
+
+CAPABILITIES: Sequence[type] = (Generates, Steps, Answers, Embeds, Renders, Plans)
