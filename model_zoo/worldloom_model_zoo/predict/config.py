@@ -1,0 +1,156 @@
+"""Configurations of the predict family: plain data, no torch import.
+
+Sources: Cosmos-Predict2.5 (NVIDIA 2025) for the network; diffusion forcing (Chen et al. 2024) for per-frame noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from worldloom.errors import WorldloomError
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """The diffusion transformer. The defaults are the small model of ours; `cosmos_predict25_2b` gives NVIDIA's."""
+
+    latent_channels: int = 16
+    """Channels of the latents it denoises."""
+    width: int = 256
+    """Size of a token."""
+    blocks: int = 8
+    """Transformer blocks."""
+    heads: int = 4
+    """Attention heads; width / heads is a multiple of 2 and at least 8."""
+    mlp_ratio: float = 4.0
+    """Hidden size of the MLP over width."""
+    patch: int = 2
+    """Latent pixels along the edge of a token."""
+    adaln_rank: int = 64
+    """Rank of the modulation of each sublayer (AdaLN-LoRA)."""
+    qk_eps: float = 1e-6
+    """Epsilon of the query and key norm; diffusers uses 1e-5."""
+    rope_ratios: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """NTK extrapolation of the rotary embedding along time, height and width."""
+    timestep_scale: float = 1000.0
+    """The noise level in [0, 1] is multiplied by this before its sinusoidal embedding; Cosmos 2.5 uses 1."""
+    condition_mask: bool = False
+    """Concatenate a channel that marks conditioning frames (Cosmos)."""
+    padding_mask: bool = False
+    """Concatenate a channel that marks padded pixels (Cosmos)."""
+    context_dim: int = 0
+    """Size of a text token in cross-attention; 0 leaves cross-attention out."""
+    text_dim: int = 0
+    """Size of the text encoder's output, projected to context_dim; 0 where it has that size already."""
+    action_dim: int = 0
+    """Size of an action; 0 for a model without actions."""
+    actions_per_latent: int = 4
+    """Actions between two latent frames: the tokenizer's temporal ratio."""
+    action_hidden: int = 256
+    """Hidden size of the two action MLPs."""
+    attention: Literal["full", "causal"] = "causal"
+    """``full``: every frame sees every frame. ``causal``: a frame sees itself and earlier ones, so it can be stepped."""
+    window: int = 0
+    """Latent frames that a frame sees in causal attention, itself included; 0 for all."""
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads or (self.width // self.heads) % 2 or self.width // self.heads < 8:
+            raise WorldloomError(
+                "width / heads must be an even number of at least 8", got=f"width {self.width}, heads {self.heads}"
+            )
+        if self.width % 2 or min(self.blocks, self.patch, self.adaln_rank, self.latent_channels) < 1:
+            raise WorldloomError("width, blocks, patch, adaln_rank and latent_channels must be positive", got=self)
+        if self.text_dim and not self.context_dim:
+            raise WorldloomError("text_dim needs context_dim", got=self.text_dim, do="set context_dim, e.g. 1024")
+        if self.window < 0 or (self.window and self.attention == "full"):
+            raise WorldloomError("window is for causal attention and not negative", got=self.window)
+
+    @property
+    def head_dim(self) -> int:
+        """Size of a head."""
+        return self.width // self.heads
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How samples are drawn. Rectified flow: x_s = (1-s) clean + s noise, velocity = noise - clean."""
+
+    steps: int = 4
+    """Euler steps from noise to a clean frame."""
+    shift: float = 1.0
+    """Timestep shift s -> shift s / (1 + (shift-1) s); above 1 spends more steps at high noise (Esser et al. 2024)."""
+    guidance_scale: float = 1.0
+    """Guidance g on actions and text, v = uncond + g (cond - uncond); 1 switches it off and halves the cost."""
+    context_noise: float = 0.0
+    """Noise level at which context frames are shown to the model; a little counters drift."""
+    context_frames: int = 9
+    """Video frames that a rollout starts from when it is given more."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.shift <= 0 or not 0 <= self.context_noise < 1:
+            raise WorldloomError("sampler: steps >= 1, shift > 0, 0 <= context_noise < 1", got=self)
+
+
+@dataclass(frozen=True)
+class TokenizerRef:
+    """Which tokenizer made the latents a model was trained on."""
+
+    name: str = "loom-cv-nano"
+    """Catalog name or folder."""
+    fingerprint: str = ""
+    """Its fingerprint; a checkpoint refuses another one. Empty: not checked."""
+
+
+@dataclass(frozen=True)
+class PredictCheckpoint:
+    """``config.toml`` of a checkpoint folder of this family."""
+
+    family: str = "predict"
+    """The catalog's name of the family."""
+    height: int = 64
+    """Pixels; the size it was trained at."""
+    width: int = 64
+    """Pixels."""
+    fps: float = 17.5
+    """Frames per second of the training videos."""
+    action_names: tuple[str, ...] = ()
+    """What each component of an action means, where that is known."""
+    model: PredictConfig = field(default_factory=PredictConfig)
+    """The network."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """The default sampler."""
+    tokenizer: TokenizerRef = field(default_factory=TokenizerRef)
+    """The tokenizer it works with."""
+
+
+def nano(action_dim: int = 0) -> PredictConfig:
+    """The small causal world model that ships: trains and runs on two CPU cores."""
+    return PredictConfig(action_dim=action_dim)
+
+
+def tiny(action_dim: int = 0) -> PredictConfig:
+    """A model for tests: every part is there, nothing is large."""
+    return PredictConfig(width=32, blocks=2, heads=2, adaln_rank=8, action_dim=action_dim, action_hidden=16)
+
+
+def cosmos_predict25_2b() -> PredictConfig:
+    """Cosmos-Predict2.5-2B: 28 blocks of width 2048, text of 100,352 projected to 1024, masks concatenated."""
+    return PredictConfig(
+        width=2048,
+        blocks=28,
+        heads=16,
+        adaln_rank=256,
+        rope_ratios=(1.0, 3.0, 3.0),
+        timestep_scale=1.0,
+        condition_mask=True,
+        padding_mask=True,
+        context_dim=1024,
+        text_dim=100_352,
+        attention="full",
+    )
+
+
+def cosmos_predict25_14b() -> PredictConfig:
+    """Cosmos-Predict2.5-14B: 36 blocks of width 5120, 40 heads."""
+    return replace(cosmos_predict25_2b(), width=5120, blocks=36, heads=40)

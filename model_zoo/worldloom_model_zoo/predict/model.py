@@ -1,0 +1,414 @@
+"""The predict transformer: a video diffusion transformer with per-frame noise levels and per-frame actions.
+
+The network of Cosmos-Predict2.5 (NVIDIA 2025): latent patches, 3-D rotary positions, blocks of self-attention,
+cross-attention and MLP, each modulated by AdaLN-LoRA. Three things are free in it:
+
+- the noise level is per latent frame, which gives diffusion forcing and conditioning frames in one mechanism;
+- actions enter per latent frame, added to the timestep embedding and to the shared modulation;
+- attention is full or block-causal. Causal attention has a key-value cache, so the same weights can be stepped.
+
+Letters: b batch, t latent frames, c channels, h w latent size, p patch edge, n = (h/p)*(w/p) tokens of a frame,
+d width, k heads, e head size, m text tokens, r actions between latent frames, a action size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from worldloom.errors import WorldloomError
+
+from worldloom_model_zoo.predict.config import PredictConfig
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the frames already seen, per block ``(b, k, frames*n, e)``. Keys carry their rotation.
+
+    With a window W the cache holds at most the W-1 last frames: what the next frame may see.
+    """
+
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    frames: int = 0
+    """Latent frames committed since the start; the next frame has this position."""
+
+    def append(self, keys: list[Tensor], values: list[Tensor], frames: int, window: int, tokens: int) -> None:
+        """Commit the keys and values of new frames of ``tokens`` tokens each."""
+        if self.keys:
+            keys = [torch.cat(pair, dim=2) for pair in zip(self.keys, keys, strict=True)]
+            values = [torch.cat(pair, dim=2) for pair in zip(self.values, values, strict=True)]
+        if window:
+            kept = (window - 1) * tokens
+            keys = [x[:, :, max(x.shape[2] - kept, 0) :] for x in keys]
+            values = [x[:, :, max(x.shape[2] - kept, 0) :] for x in values]
+        self.keys, self.values = keys, values
+        self.frames += frames
+
+
+# -- positions and time ----------------------------------------------------------------------------------------------
+
+
+def rotary_angles(
+    config: PredictConfig, frames: int, height: int, width: int, offset: int, device: torch.device
+) -> Tensor:
+    """Rotation angles ``(frames*height*width, e/2)`` of tokens whose first frame stands at ``offset``.
+
+    A head's pairs are shared out to time, height and width: height and width take ``e // 6`` each, time the rest.
+    NTK scaling multiplies the base of an axis of 2m components by ratio ** (m / (m - 1)).
+    """
+    pairs_hw = config.head_dim // 6
+    pairs = (config.head_dim // 2 - 2 * pairs_hw, pairs_hw, pairs_hw)
+    positions = (
+        torch.arange(offset, offset + frames, device=device, dtype=torch.float32),
+        torch.arange(height, device=device, dtype=torch.float32),
+        torch.arange(width, device=device, dtype=torch.float32),
+    )
+    axes = []
+    for axis, (count, position, ratio) in enumerate(zip(pairs, positions, config.rope_ratios, strict=True)):
+        base = 10_000.0 * (ratio ** (count / (count - 1)) if count > 1 else 1.0)
+        frequencies = base ** -(torch.arange(count, device=device, dtype=torch.float32) / max(count, 1))
+        shape = [1, 1, 1, count]
+        shape[axis] = len(position)
+        axes.append(torch.outer(position, frequencies).view(shape).expand(frames, height, width, count))
+    return torch.cat(axes, dim=-1).reshape(frames * height * width, -1)
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate ``(b, k, tokens, e)``: component i is paired with i + e/2 (Su et al. 2021, half-split layout)."""
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def sinusoid(timestep: Tensor, size: int) -> Tensor:
+    """``(...)`` -> ``(..., size)``: cosines, then sines, of geometrically spaced frequencies from 1 down to 1e-4."""
+    half = size // 2
+    frequencies = torch.exp(-math.log(10_000.0) * torch.arange(half, device=timestep.device) / half)
+    angles = timestep.float()[..., None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def causal_mask(frames: int, tokens: int, window: int, device: torch.device) -> Tensor:
+    """``(frames*tokens, frames*tokens)`` boolean: may the row's token see the column's?"""
+    row = torch.arange(frames, device=device).repeat_interleave(tokens)
+    distance = row[:, None] - row[None, :]
+    allowed = distance >= 0
+    return allowed & (distance < window) if window else allowed
+
+
+# -- blocks ----------------------------------------------------------------------------------------------------------
+
+
+class TimestepEmbedder(nn.Module):
+    """The shared modulation of all blocks: sinusoid ``(..., d)`` -> ``(..., 3d)``."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(width, width, bias=False)
+        self.linear_2 = nn.Linear(width, 3 * width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class Modulation(nn.Module):
+    """AdaLN-LoRA: ``(b, t, d)`` -> ``parts`` tensors ``(b, t, 1, d)``, low-rank plus the shared term."""
+
+    def __init__(self, width: int, rank: int, parts: int) -> None:
+        super().__init__()
+        self.parts, self.width = parts, width
+        self.down = nn.Linear(width, rank, bias=False)
+        self.up = nn.Linear(rank, parts * width, bias=False)
+
+    def forward(self, embedding: Tensor, shared: Tensor) -> tuple[Tensor, ...]:
+        modulation = self.up(self.down(F.silu(embedding))) + shared[..., : self.parts * self.width]
+        return modulation.unsqueeze(2).chunk(self.parts, dim=-1)
+
+
+class Attention(nn.Module):
+    """Attention with normalised queries and keys, no bias."""
+
+    def __init__(self, width: int, heads: int, context: int, eps: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(context, width, bias=False)
+        self.v_proj = nn.Linear(context, width, bias=False)
+        self.output_proj = nn.Linear(width, width, bias=False)
+        self.q_norm = nn.RMSNorm(width // heads, eps=eps)
+        self.k_norm = nn.RMSNorm(width // heads, eps=eps)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """``(b, tokens, d)`` -> ``(b, k, tokens, e)``."""
+        return self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, -1))).transpose(1, 2)
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``(b, tokens, d)`` -> keys and values ``(b, k, tokens, e)``."""
+        keys = self.k_norm(self.k_proj(x).unflatten(-1, (self.heads, -1))).transpose(1, 2)
+        return keys, self.v_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """-> ``(b, tokens, d)``."""
+        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        return self.output_proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two linear layers with GELU, no bias."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.layer1 = nn.Linear(width, hidden, bias=False)
+        self.layer2 = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer2(F.gelu(self.layer1(x)))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention where there is text, MLP; each shifted, scaled and gated per frame."""
+
+    def __init__(self, config: PredictConfig) -> None:
+        super().__init__()
+        d, rank = config.width, config.adaln_rank
+        self.norm = nn.LayerNorm(d, elementwise_affine=False, eps=1e-6)
+        self.modulate_self = Modulation(d, rank, 3)
+        self.self_attn = Attention(d, config.heads, d, config.qk_eps)
+        self.cross_attn = None
+        if config.context_dim:
+            self.modulate_cross = Modulation(d, rank, 3)
+            self.cross_attn = Attention(d, config.heads, config.context_dim, config.qk_eps)
+        self.modulate_mlp = Modulation(d, rank, 3)
+        self.mlp = MLP(d, int(d * config.mlp_ratio))
+
+    def forward(
+        self,
+        x: Tensor,
+        embedding: Tensor,
+        shared: Tensor,
+        angles: Tensor,
+        text: Tensor | None,
+        mask: Tensor | None,
+        past: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``(b, t, n, d)`` -> the same, and the rotated keys and the values of these frames ``(b, k, t*n, e)``."""
+        frames_tokens = x.shape[1:3]
+
+        shift, scale, gate = self.modulate_self(embedding, shared)
+        hidden = (self.norm(x) * (1 + scale) + shift).flatten(1, 2)  # (b, t, n, d) -> (b, t*n, d)
+        new_keys, new_values = self.self_attn.keys_values(hidden)
+        queries, new_keys = rotate(self.self_attn.queries(hidden), angles), rotate(new_keys, angles)
+        keys, values = new_keys, new_values
+        if past is not None:
+            keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
+        x = x + gate * self.self_attn.attend(queries, keys, values, mask).unflatten(1, frames_tokens)
+
+        if self.cross_attn is not None and text is not None:
+            shift, scale, gate = self.modulate_cross(embedding, shared)
+            hidden = (self.norm(x) * (1 + scale) + shift).flatten(1, 2)
+            out = self.cross_attn.attend(self.cross_attn.queries(hidden), *self.cross_attn.keys_values(text))
+            x = x + gate * out.unflatten(1, frames_tokens)
+
+        shift, scale, gate = self.modulate_mlp(embedding, shared)
+        x = x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)
+        return x, new_keys, new_values
+
+
+class ActionEmbedder(nn.Module):
+    """The r actions that lead to a latent frame -> an addition to its timestep embedding and to the modulation."""
+
+    def __init__(self, config: PredictConfig) -> None:
+        super().__init__()
+        size, d = config.actions_per_latent * config.action_dim, config.width
+        self.to_embedding = nn.Sequential(
+            nn.Linear(size, config.action_hidden), nn.SiLU(), nn.Linear(config.action_hidden, d)
+        )
+        self.to_modulation = nn.Sequential(
+            nn.Linear(size, config.action_hidden), nn.SiLU(), nn.Linear(config.action_hidden, 3 * d)
+        )
+
+    def forward(self, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """``(b, t, r*a)`` -> ``(b, t, d)`` and ``(b, t, 3d)``."""
+        return self.to_embedding(actions), self.to_modulation(actions)
+
+
+# -- the model -------------------------------------------------------------------------------------------------------
+
+
+class PredictTransformer(nn.Module):
+    """Velocity of noisy latents under rectified flow, given each frame's noise level, actions and text."""
+
+    def __init__(self, config: PredictConfig) -> None:
+        super().__init__()
+        self.config = config
+        d, patch = config.width, config.patch**2
+        self.patch_in = nn.Linear(
+            (config.latent_channels + config.condition_mask + config.padding_mask) * patch, d, bias=False
+        )
+        self.time_embedder = TimestepEmbedder(d)
+        self.time_norm = nn.RMSNorm(d, eps=1e-6)
+        self.text_proj = nn.Linear(config.text_dim, config.context_dim) if config.text_dim else None
+        self.action_embedder = ActionEmbedder(config) if config.action_dim else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
+        self.final_norm = nn.LayerNorm(d, elementwise_affine=False, eps=1e-6)
+        self.final_modulation = Modulation(d, config.adaln_rank, 2)
+        self.patch_out = nn.Linear(d, config.latent_channels * patch, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Truncated normal of 1/sqrt(fan-in); modulation and output start at zero, so each block starts as identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, Modulation):
+                nn.init.zeros_(module.up.weight)
+        nn.init.zeros_(self.time_embedder.linear_2.weight)
+        nn.init.zeros_(self.patch_out.weight)
+        if self.action_embedder is not None:
+            for last in (self.action_embedder.to_embedding[-1], self.action_embedder.to_modulation[-1]):
+                assert isinstance(last, nn.Linear)
+                nn.init.zeros_(last.weight)
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        actions: Tensor | None = None,
+        text: Tensor | None = None,
+        *,
+        condition_mask: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        action_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        commit: bool = False,
+    ) -> Tensor:
+        """The velocity, noise - clean, of each latent frame.
+
+        Args:
+            x: noisy latents ``(b, c, t, h, w)``; with a cache that holds frames, the frames that follow them.
+            timestep: noise level of each frame ``(b, t)`` in [0, 1]; 0 is clean.
+            actions: at video rate. Without earlier frames ``(b, r*(t-1), a)``: the first frame has none. After cached
+                frames ``(b, r*t, a)``. None is the null action: no contribution.
+            text: ``(b, m, text_dim or context_dim)``; None is the null text, one token of zeros.
+            condition_mask: ``(b, 1, t, h, w)``, 1 at conditioning frames; for configurations that have it.
+            padding_mask: ``(b, 1, h, w)``, 1 at padded pixels; for configurations that have it.
+            action_mask: ``(b,)`` boolean, False where a sample gets the null action (dropout, guidance).
+            cache: frames seen before; needs causal attention.
+            commit: add these frames to the cache. Pass them clean, with the context's noise level as timestep.
+
+        Raises:
+            WorldloomError: where a shape does not fit the configuration.
+        """
+        config = self.config
+        self._check(x, timestep, actions, text, cache)
+        b, _, t, h, w = x.shape
+        rows, columns = h // config.patch, w // config.patch
+        offset = cache.frames if cache is not None else 0
+
+        tokens = self._patchify(x, condition_mask, padding_mask)
+        embedding = sinusoid(timestep * config.timestep_scale, config.width).to(x.dtype)  # (b, t, d)
+        shared = self.time_embedder(embedding)  # (b, t, 3d)
+        embedding = self.time_norm(embedding)
+        if self.action_embedder is not None and actions is not None:
+            per_frame = actions.reshape(b, -1, config.actions_per_latent * config.action_dim)
+            to_embedding, to_modulation = self.action_embedder(per_frame.to(x.dtype))
+            if action_mask is not None:
+                keep = action_mask.view(b, 1, 1).to(x.dtype)
+                to_embedding, to_modulation = to_embedding * keep, to_modulation * keep
+            first = t - per_frame.shape[1]  # 1 where the sequence starts here: its first frame has no action
+            embedding = embedding + F.pad(to_embedding, (0, 0, first, 0))
+            shared = shared + F.pad(to_modulation, (0, 0, first, 0))
+
+        if config.context_dim:
+            if text is None:
+                text = x.new_zeros(b, 1, config.context_dim)
+            elif self.text_proj is not None:
+                text = F.gelu(self.text_proj(text))
+
+        angles = rotary_angles(config, t, rows, columns, offset, x.device)
+        mask = self._mask(t, rows * columns, cache, x.device)
+        keys, values = [], []
+        for index, block in enumerate(self.blocks):
+            past = (cache.keys[index], cache.values[index]) if cache is not None and cache.keys else None
+            tokens, new_keys, new_values = block(tokens, embedding, shared, angles, text, mask, past)
+            if commit:
+                keys.append(new_keys)
+                values.append(new_values)
+        if commit:
+            assert cache is not None
+            cache.append(keys, values, t, config.window, rows * columns)
+
+        shift, scale = self.final_modulation(embedding, shared)
+        return self._unpatchify(self.patch_out(self.final_norm(tokens) * (1 + scale) + shift), rows, columns)
+
+    def _patchify(self, x: Tensor, condition_mask: Tensor | None, padding_mask: Tensor | None) -> Tensor:
+        """``(b, c, t, h, w)`` and the masks -> tokens ``(b, t, n, d)``; a patch is laid out (channel, row, column)."""
+        b, _, t, h, w = x.shape
+        if self.config.condition_mask:
+            x = torch.cat([x, x.new_zeros(b, 1, t, h, w) if condition_mask is None else condition_mask], dim=1)
+        if self.config.padding_mask:
+            padding = x.new_zeros(b, 1, h, w) if padding_mask is None else padding_mask
+            x = torch.cat([x, padding.unsqueeze(2).expand(-1, -1, t, -1, -1).to(x.dtype)], dim=1)
+        p = self.config.patch
+        x = x.unflatten(4, (w // p, p)).unflatten(3, (h // p, p))  # (b, c, t, h/p, p, w/p, p)
+        x = x.permute(0, 2, 3, 5, 1, 4, 6)  # (b, t, h/p, w/p, c, p, p)
+        return self.patch_in(x.flatten(4).flatten(2, 3))
+
+    def _unpatchify(self, x: Tensor, rows: int, columns: int) -> Tensor:
+        """``(b, t, n, p*p*c)`` -> ``(b, c, t, h, w)``; a patch is laid out (row, column, channel)."""
+        p = self.config.patch
+        x = x.unflatten(3, (p, p, -1)).unflatten(2, (rows, columns))  # (b, t, h/p, w/p, p, p, c)
+        return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)  # (b, c, t, h, w)
+
+    def _mask(self, frames: int, tokens: int, cache: KVCache | None, device: torch.device) -> Tensor | None:
+        if self.config.attention == "full":
+            return None
+        window = self.config.window
+        past = cache.keys[0].shape[2] // tokens if cache is not None and cache.keys else 0
+        if frames == 1 and (not window or past < window):
+            return None  # one new frame sees everything that the cache kept
+        return causal_mask(past + frames, tokens, window, device)[past * tokens :]
+
+    def _check(
+        self, x: Tensor, timestep: Tensor, actions: Tensor | None, text: Tensor | None, cache: KVCache | None
+    ) -> None:
+        config = self.config
+        if (
+            x.ndim != 5
+            or x.shape[1] != config.latent_channels
+            or x.shape[3] % config.patch
+            or x.shape[4] % config.patch
+        ):
+            raise WorldloomError(
+                f"latents are (b, {config.latent_channels}, t, h, w), h and w multiples of {config.patch}",
+                got=tuple(x.shape),
+            )
+        b, t = x.shape[0], x.shape[2]
+        if timestep.shape != (b, t):
+            raise WorldloomError("the noise level is one number per latent frame (b, t)", got=tuple(timestep.shape))
+        if cache is not None and config.attention != "causal":
+            raise WorldloomError("only a causal model can be stepped", do="use a checkpoint with attention = 'causal'")
+        if actions is not None:
+            if not config.action_dim:
+                raise WorldloomError("this model takes no actions", got=tuple(actions.shape), do="leave them out")
+            steps = t if cache is not None and cache.frames else t - 1
+            expected = (b, steps * config.actions_per_latent, config.action_dim)
+            if tuple(actions.shape) != expected:
+                raise WorldloomError(
+                    "actions do not fit the latents",
+                    got=tuple(actions.shape),
+                    do=f"give {expected}: (batch, {config.actions_per_latent} a latent frame, action_dim)",
+                )
+        if text is not None and (not config.context_dim or text.shape[-1] != (config.text_dim or config.context_dim)):
+            raise WorldloomError(
+                "the text embedding does not fit the model",
+                got=tuple(text.shape),
+                do=f"its last size is {config.text_dim or config.context_dim or 'absent: this model takes no text'}",
+            )

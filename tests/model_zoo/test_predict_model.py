@@ -1,0 +1,137 @@
+"""The transformer's own invariants: causality, cached == uncached, null actions, shapes refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from worldloom import WorldloomError
+from worldloom_model_zoo.predict.config import PredictConfig, cosmos_predict25_2b, tiny
+from worldloom_model_zoo.predict.model import KVCache, PredictTransformer
+
+
+def lively(config: PredictConfig, seed: int = 0) -> PredictTransformer:
+    """A model in which no weight is at its zero initialisation."""
+    torch.manual_seed(seed)
+    model = PredictTransformer(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.15)
+    return model
+
+
+def inputs(config: PredictConfig, t: int, b: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(b, config.latent_channels, t, 4, 4, generator=generator)
+    level = torch.rand(b, t, generator=generator)
+    actions = torch.randn(b, 4 * (t - 1), config.action_dim, generator=generator)
+    return x, level, actions
+
+
+@pytest.mark.parametrize("window", [0, 1, 3])
+@torch.no_grad()
+def test_stepping_with_a_cache_equals_the_whole_forward(window: int) -> None:
+    config = replace(tiny(action_dim=3), window=window)
+    model = lively(config)
+    x, level, actions = inputs(config, t=7)
+    whole = model(x, level, actions)
+
+    cache = KVCache()
+    parts = [model(x[:, :, :2], level[:, :2], actions[:, :4], cache=cache, commit=True)]
+    for frame in range(2, 7):
+        step = (x[:, :, frame : frame + 1], level[:, frame : frame + 1], actions[:, 4 * (frame - 1) : 4 * frame])
+        peek = model(*step, cache=cache)  # a denoising call leaves the cache alone
+        parts.append(model(*step, cache=cache, commit=True))
+        torch.testing.assert_close(peek, parts[-1], atol=0, rtol=0)
+    stepped = torch.cat(parts, dim=2)
+    assert (stepped - whole).abs().max() < 1e-4
+    assert whole.std() > 0.1
+    if window:
+        assert cache.keys[0].shape[2] == (window - 1) * 4  # (h/p)*(w/p) = 4 tokens a frame
+
+
+@torch.no_grad()
+def test_chunks_after_a_cache_equal_the_whole_forward() -> None:
+    config = replace(tiny(action_dim=3), window=3)
+    model = lively(config)
+    x, level, actions = inputs(config, t=6)
+    cache = KVCache()
+    parts = [model(x[:, :, :3], level[:, :3], actions[:, :8], cache=cache, commit=True)]
+    parts.append(model(x[:, :, 3:], level[:, 3:], actions[:, 8:], cache=cache, commit=True))
+    assert (torch.cat(parts, dim=2) - model(x, level, actions)).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_causal_frames_do_not_see_later_ones_and_full_ones_do() -> None:
+    for attention in ("causal", "full"):
+        model = lively(replace(tiny(action_dim=3), attention=attention))
+        x, level, actions = inputs(model.config, t=4)
+        changed = x.clone()
+        changed[:, :, 3] += 1
+        difference = (model(x, level, actions) - model(changed, level, actions)).abs().amax(dim=(0, 1, 3, 4))
+        assert difference[3] > 1e-3
+        assert (difference[:3] > 1e-4).all() if attention == "full" else (difference[:3] == 0).all()
+
+
+@torch.no_grad()
+def test_actions_reach_their_own_frame_and_null_means_no_contribution() -> None:
+    model = lively(tiny(action_dim=3))
+    x, level, actions = inputs(model.config, t=4)
+    changed = actions.clone()
+    changed[:, 4:8] += 1  # leads to latent frame 2
+    difference = (model(x, level, actions) - model(x, level, changed)).abs().amax(dim=(0, 1, 3, 4))
+    assert (difference[:2] == 0).all()
+    assert (difference[2:] > 1e-4).all()
+
+    null = model(x, level, None)
+    masked = model(x, level, actions, action_mask=torch.tensor([False, True]))
+    torch.testing.assert_close(masked[0], null[0])
+    torch.testing.assert_close(masked[1], model(x, level, actions)[1])
+    assert (masked[1] - null[1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_fresh_model_predicts_zero_velocity() -> None:
+    config = tiny(action_dim=2)
+    x, level, actions = inputs(config, t=3)
+    assert (PredictTransformer(config)(x, level, actions) == 0).all()
+
+
+def test_cosmos_configuration_has_the_published_parameter_count() -> None:
+    with torch.device("meta"):
+        model = PredictTransformer(cosmos_predict25_2b())
+    blocks = sum(p.numel() for p in model.blocks.parameters())
+    # Per block: 2 attentions, MLP x4, three AdaLN-LoRA of rank 256, four head norms.
+    d, rank = 2048, 256
+    expected = 4 * d * d + (2 * d * d + 2 * d * 1024) + 8 * d * d + 3 * (d * rank + rank * 3 * d) + 4 * 128
+    assert blocks == 28 * expected
+    assert model.patch_in.weight.shape == (2048, 18 * 4)
+    assert model.patch_out.weight.shape == (64, 2048)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"actions": torch.zeros(2, 8, 2)}, "actions do not fit"),
+        ({"actions": torch.zeros(2, 7, 3)}, "actions do not fit"),
+        ({"timestep": torch.zeros(2)}, "noise level"),
+        ({"text": torch.zeros(2, 4, 8)}, "text embedding"),
+        ({"x": torch.zeros(2, 3, 3, 4, 4)}, "latents are"),
+        ({"x": torch.zeros(2, 16, 3, 5, 4)}, "latents are"),
+    ],
+)
+def test_wrong_shapes_are_refused(change: dict, message: str) -> None:
+    model = PredictTransformer(tiny(action_dim=3))
+    x, level, actions = inputs(model.config, t=3)
+    with pytest.raises(WorldloomError, match=message):
+        model(**({"x": x, "timestep": level, "actions": actions} | change))
+
+
+def test_models_that_cannot_step_or_act_say_so() -> None:
+    full = PredictTransformer(replace(tiny(), attention="full"))
+    x, level, _ = inputs(full.config, t=3)
+    with pytest.raises(WorldloomError, match="causal"):
+        full(x, level, cache=KVCache())
+    with pytest.raises(WorldloomError, match="takes no actions"):
+        full(x, level, torch.zeros(2, 8, 3))
+    with pytest.raises(WorldloomError, match="width / heads"):
+        PredictConfig(width=100, heads=3)

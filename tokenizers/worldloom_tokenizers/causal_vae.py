@@ -1,0 +1,258 @@
+"""A small causal video autoencoder: continuous latents, 4x8x8, first frame alone (T = 1 + 4k).
+
+Frame 0 is repeated to fill a group of its own, as Cosmos-Tokenizer does (Agarwal et al. 2025, section 5.1); every
+later group holds 4 frames. A group's frames are folded into channels, so all layers run at the latent frame rate:
+2-D convolutions inside a latent frame, causal mixing along time. Normalisation is per position, which makes the
+output of a latent frame independent of later ones, and lets a stream be cut anywhere between groups.
+
+Letters: b batch, t latent frames, T video frames, r temporal ratio, c channels, h w size at the layer, H W pixels.
+Inside, tensors are ``(b*t, c, h, w)`` in channels-last memory: the fastest layout for CPU convolutions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from worldloom.errors import WorldloomError
+
+from worldloom_tokenizers.config import CausalVAEConfig
+
+State = dict[nn.Module, Tensor]
+"""Of each temporal layer, the last ``kernel - 1`` frames it saw: ``(b, kernel-1, c, h, w)``."""
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the channels of each position."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-6)
+        return x * scale * self.weight[None, :, None, None]
+
+
+class CausalTime(nn.Module):
+    """A causal convolution along time, 1x1 in space; before the first frame it sees the first frame repeated."""
+
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.mix = nn.Conv2d(channels * kernel, channels, 1)
+
+    def forward(self, x: Tensor, t: int, state: State | None) -> Tensor:
+        bt, c, h, w = x.shape
+        frames = x.unflatten(0, (bt // t, t))  # (b*t, c, h, w) -> (b, t, c, h, w)
+        past = state.get(self) if state is not None else None
+        if past is None:
+            past = frames[:, :1].expand(-1, self.kernel - 1, -1, -1, -1)
+        padded = torch.cat([past, frames], dim=1)  # (b, kernel-1+t, c, h, w)
+        if state is not None:
+            state[self] = padded[:, padded.shape[1] - (self.kernel - 1) :].detach()
+        shifted = torch.cat([padded[:, k : k + t] for k in range(self.kernel)], dim=2)  # (b, t, kernel*c, h, w)
+        shifted = shifted.reshape(bt, self.kernel * c, h, w)
+        return self.mix(shifted.contiguous(memory_format=torch.channels_last))
+
+
+class Block(nn.Module):
+    """Residual block: norm, SiLU, 3x3, then norm, SiLU, 3x3 and causal mixing along time."""
+
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2 = RMSNorm(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.time = CausalTime(channels, kernel)
+        nn.init.zeros_(self.time.mix.weight)
+        nn.init.zeros_(cast(Tensor, self.time.mix.bias))
+
+    def forward(self, x: Tensor, t: int, state: State | None) -> Tensor:
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        return x + hidden + self.time(hidden, t, state)
+
+
+class Stack(nn.Module):
+    """Blocks of one width."""
+
+    def __init__(self, channels: int, blocks: int, kernel: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(channels, kernel) for _ in range(blocks))
+
+    def forward(self, x: Tensor, t: int, state: State | None) -> Tensor:
+        for block in self.blocks:
+            x = block(x, t, state)
+        return x
+
+
+class CausalVAE(nn.Module):
+    """The autoencoder. Implements `worldloom.protocols.VideoTokenizer`.
+
+    ``encode`` gives normalised latents (about unit variance per channel); the statistics are buffers, set by
+    `set_statistics` at the end of training and saved with the weights.
+    """
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(self, config: CausalVAEConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or CausalVAEConfig()
+        w2, w4, w8 = config.widths
+        kernel, pixels = config.temporal_kernel, 3 * config.temporal_ratio
+        self.patch = 4 if config.encoder_blocks[0] == 0 else 2
+
+        if self.patch == 2:
+            self.enter = nn.Conv2d(pixels * 4, w2, 3, padding=1)
+            self.encode2 = Stack(w2, config.encoder_blocks[0], kernel)
+            self.down4 = nn.Conv2d(w2, w4, 2, stride=2)
+        else:
+            self.enter = nn.Conv2d(pixels * 16, w4, 3, padding=1)
+        self.encode4 = Stack(w4, config.encoder_blocks[1], kernel)
+        self.down8 = nn.Conv2d(w4, w8, 2, stride=2)
+        self.encode8 = Stack(w8, config.encoder_blocks[2], kernel)
+        self.encode_norm = RMSNorm(w8)
+        self.to_latent = nn.Conv2d(w8, config.latent_channels, 3, padding=1)
+
+        self.from_latent = nn.Conv2d(config.latent_channels, w8, 3, padding=1)
+        self.decode8 = Stack(w8, config.decoder_blocks[2], kernel)
+        self.up4 = nn.Conv2d(w8, w4 * 4, 1)
+        self.decode4 = Stack(w4, config.decoder_blocks[1], kernel)
+        self.up2 = nn.Conv2d(w4, w2 * 4, 1)
+        self.decode2 = Stack(w2, config.decoder_blocks[0], kernel)
+        self.decode_norm = RMSNorm(w2)
+        self.leave = nn.Conv2d(w2, pixels * 4, 3, padding=1)
+
+        self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
+        self.register_buffer("latent_std", torch.ones(config.latent_channels))
+        self.to(memory_format=torch.channels_last)
+
+    @property
+    def temporal_ratio(self) -> int:
+        return self.config.temporal_ratio
+
+    @property
+    def spatial_ratio(self) -> int:
+        return self.config.spatial_ratio
+
+    @property
+    def latent_channels(self) -> int:
+        return self.config.latent_channels
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the configuration and every weight, as float32."""
+        digest = hashlib.sha256(repr(self.config).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    # -- the networks, on raw (unnormalised) latents -------------------------------------------------------------
+
+    def encode_raw(self, video: Tensor, state: State | None = None) -> Tensor:
+        """``(b, 3, T, H, W)`` -> ``(b, c, t, h, w)`` before normalisation. A continued stream has T = r*t."""
+        ratio = self.config.temporal_ratio
+        if not state:  # frame 0 fills a group of its own
+            video = torch.cat([video[:, :, :1].expand(-1, -1, ratio - 1, -1, -1), video], dim=2)
+        b, c, frames, height, width = video.shape
+        t = frames // ratio
+        # (b, c, t*r, H, W) -> (b*t, c*r, H, W)
+        x = video.unflatten(2, (t, ratio)).permute(0, 2, 1, 3, 4, 5).reshape(b * t, c * ratio, height, width)
+        x = F.pixel_unshuffle(x, self.patch).contiguous(memory_format=torch.channels_last)
+        x = self.enter(x)
+        if self.patch == 2:
+            x = self.down4(self.encode2(x, t, state))
+        x = self.down8(self.encode4(x, t, state))
+        x = self.to_latent(F.silu(self.encode_norm(self.encode8(x, t, state))))
+        return x.unflatten(0, (b, t)).transpose(1, 2)  # (b*t, c, h, w) -> (b, c, t, h, w)
+
+    def decode_raw(self, latents: Tensor, state: State | None = None) -> Tensor:
+        """``(b, c, t, h, w)`` before normalisation -> ``(b, 3, T, H, W)``, not clamped."""
+        ratio, first = self.config.temporal_ratio, not state
+        b, _, t, _, _ = latents.shape
+        x = latents.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)  # (b*t, c, h, w)
+        x = self.decode8(self.from_latent(x), t, state)
+        x = self.decode4(F.pixel_shuffle(self.up4(x), 2), t, state)
+        x = self.decode2(F.pixel_shuffle(self.up2(x), 2), t, state)
+        x = F.pixel_shuffle(self.leave(F.silu(self.decode_norm(x))), 2)  # (b*t, 3*r, H, W)
+        video = x.unflatten(1, (3, ratio)).unflatten(0, (b, t))  # (b, t, 3, r, H, W)
+        video = video.permute(0, 2, 1, 3, 4, 5).flatten(2, 3)  # (b, 3, t*r, H, W)
+        return video[:, :, ratio - 1 :] if first else video
+
+    # -- VideoTokenizer -------------------------------------------------------------------------------------------
+
+    def encode(self, video: Tensor) -> Tensor:
+        """``(b, 3, T, H, W)`` in [-1, 1], T = 1 + 4k, H and W multiples of 8 -> ``(b, c, 1+k, H/8, W/8)``.
+
+        Raises:
+            WorldloomError: for another shape, or values that are not finite.
+        """
+        self._check_video(video, first=True)
+        return self._normalise(self.encode_raw(video))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """``(b, c, t, h, w)`` -> ``(b, 3, 1 + 4 (t-1), 8h, 8w)``, clamped to [-1, 1]."""
+        self._check_latents(latents)
+        return self.decode_raw(self._denormalise(latents)).clamp(-1, 1)
+
+    def stream_encode(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Consecutive chunks of one video: the first of 1 + 4k frames, the others of 4k."""
+        state: State = {}
+        for chunk in chunks:
+            self._check_video(chunk, first=not state)
+            yield self._normalise(self.encode_raw(chunk, state))
+
+    def stream_decode(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Consecutive latent chunks of one video, any number of latent frames each."""
+        state: State = {}
+        for chunk in chunks:
+            yield self.decode_step(chunk, state)
+
+    def decode_step(self, latents: Tensor, state: State) -> Tensor:
+        """Decode the next latents of a stream whose state the caller holds; start with an empty dict."""
+        self._check_latents(latents)
+        return self.decode_raw(self._denormalise(latents), state).clamp(-1, 1)
+
+    @torch.no_grad()
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Set the per-channel statistics ``(c,)`` that normalise raw latents."""
+        self.latent_mean.copy_(mean)
+        self.latent_std.copy_(std.clamp_min(1e-4))
+
+    def _normalise(self, raw: Tensor) -> Tensor:
+        return (raw - self.latent_mean.view(1, -1, 1, 1, 1)) / self.latent_std.view(1, -1, 1, 1, 1)
+
+    def _denormalise(self, latents: Tensor) -> Tensor:
+        return latents * self.latent_std.view(1, -1, 1, 1, 1) + self.latent_mean.view(1, -1, 1, 1, 1)
+
+    def _check_video(self, video: Tensor, first: bool) -> None:
+        ratio, edge = self.config.temporal_ratio, self.config.spatial_ratio
+        if video.ndim != 5 or video.shape[1] != 3:
+            raise WorldloomError("a video tensor is (b, 3, T, H, W)", got=tuple(video.shape))
+        frames, height, width = video.shape[2:]
+        if height % edge or width % edge or not height or not width:
+            raise WorldloomError(
+                f"height and width must be multiples of {edge}", got=(height, width), do="resize or crop the video"
+            )
+        if frames < 1 or (frames - first) % ratio:
+            raise WorldloomError(
+                f"the number of frames must be {'1 + ' if first else ''}{ratio}k",
+                got=frames,
+                do=f"take the first {max((frames - first) // ratio * ratio + first, first)} frames",
+            )
+        if not torch.isfinite(video).all():
+            raise WorldloomError("the video holds values that are not finite", do="check how it was decoded")
+
+    def _check_latents(self, latents: Tensor) -> None:
+        if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels or latents.shape[2] < 1:
+            raise WorldloomError(
+                f"latents are (b, {self.config.latent_channels}, t, h, w), t at least 1", got=tuple(latents.shape)
+            )

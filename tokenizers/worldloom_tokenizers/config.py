@@ -1,0 +1,38 @@
+"""Configurations of the video tokenizers: plain data, no torch import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from worldloom.errors import WorldloomError
+
+
+@dataclass(frozen=True)
+class CausalVAEConfig:
+    """The small causal video autoencoder: 4 frames x 8 x 8 pixels become one latent vector."""
+
+    latent_channels: int = 16
+    """Channels of a latent vector."""
+    widths: tuple[int, int, int] = (64, 128, 192)
+    """Channels at 1/2, 1/4 and 1/8 of the frame size."""
+    encoder_blocks: tuple[int, int, int] = (0, 2, 2)
+    """Residual blocks of the encoder at 1/2, 1/4 and 1/8; a 0 first means that patches of 4 pixels enter at 1/4."""
+    decoder_blocks: tuple[int, int, int] = (1, 3, 2)
+    """Residual blocks of the decoder at 1/2, 1/4 and 1/8."""
+    temporal_ratio: int = 4
+    """Frames in a latent frame, except the first, which holds one."""
+    temporal_kernel: int = 3
+    """Latent frames that a temporal convolution sees, the present one and those before it."""
+
+    def __post_init__(self) -> None:
+        if min(self.widths) < 1 or self.latent_channels < 1:
+            raise WorldloomError("tokenizer widths must be positive", got=(self.widths, self.latent_channels))
+        if self.temporal_ratio < 1 or self.temporal_kernel < 1:
+            raise WorldloomError(
+                "temporal_ratio and temporal_kernel must be at least 1", got=(self.temporal_ratio, self.temporal_kernel)
+            )
+
+    @property
+    def spatial_ratio(self) -> int:
+        """Pixels along an edge of a latent vector."""
+        return 8
