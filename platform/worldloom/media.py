@@ -1,0 +1,598 @@
+"""Video in and out: decoding within limits, bit-deterministic H.264, and the one place where pixels become floats.
+
+Letters: b batch, c channels (3, RGB), t frames, h w pixels.
+Decoded frames are uint8 ``(t, h, w, c)``; float video is ``(b, c, t, h, w)`` in [-1, 1].
+
+Untrusted input: only regular local files or bytes are opened, only by the demuxers in `FORMATS` (no playlists, no image
+sequences, no concat scripts), with FFmpeg's protocols cut down to ``file`` and ``pipe``; pixels, frames, seconds and
+bytes are held against `Limits` before anything is allocated. Every decoder and encoder runs on one thread: a threaded
+PyAV decoder in the parent makes forked data loader workers hang, and a threaded encoder is not deterministic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from worldloom.errors import WorldloomError, missing_extra
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Source = str | os.PathLike[str] | bytes
+
+FORMATS = (
+    "asf,avi,av1,dv,flv,gif,h264,hevc,ivf,m4v,matroska,webm,mjpeg,mov,mp4,m4a,3gp,3g2,mj2,"
+    "mpeg,mpegts,mpegvideo,mxf,nut,obu,ogg,rm,vc1,yuv4mpegpipe"
+)
+"""The demuxers that may open a file. What reads other files or URLs (hls, dash, concat, image2, sdp) is not among them."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a source may ask of this machine. Held before allocation."""
+
+    max_pixels: int = 4096 * 4096
+    """Width times height of a frame."""
+    max_frames: int = 1_000_000
+    """Frames decoded from one source."""
+    max_seconds: float = 24 * 3600.0
+    """Declared duration."""
+    max_bytes: int = 64 * 2**30
+    """Size of the file."""
+    max_array_bytes: int = 16 * 2**30
+    """Size of the array that one `read_frames` call may return."""
+
+
+DEFAULT_LIMITS = Limits()
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a file holds, as shown: the size is after rotation."""
+
+    codec: str
+    """FFmpeg's name of the video codec."""
+    width: int
+    """Pixels, as displayed."""
+    height: int
+    """Pixels, as displayed."""
+    fps: float
+    """Average frame rate; of a variable rate the mean."""
+    frames: int
+    """Number of frames: counted if `exact`, else what the header says or duration times rate."""
+    duration: float
+    """Seconds."""
+    has_audio: bool
+    """Whether there is at least one audio stream."""
+    pix_fmt: str
+    """FFmpeg's name of the pixel format."""
+    container: str
+    """FFmpeg's name of the demuxer."""
+    rotation: int = 0
+    """Degrees, counter-clockwise, that the stored pixels were turned by to be shown."""
+    exact: bool = False
+    """True if `frames` was counted by decoding."""
+
+
+def probe(source: Source, limits: Limits = DEFAULT_LIMITS, *, count: bool = False) -> VideoInfo:
+    """What a video is, with proof that its first frame decodes.
+
+    Args:
+        source: path of a local file, or the bytes of one.
+        limits: see `Limits`.
+        count: decode everything to count the frames exactly.
+
+    Raises:
+        WorldloomError: no such file, not a video, no decodable frame, or over a limit.
+    """
+    with _Reader(source, limits) as reader:
+        first = next(reader.frames(), None)
+        if first is None:
+            raise reader.no_frame()
+        stream, width, height, rotation = reader.stream, first.width, first.height, _rotation(first)
+        fps, duration = reader.fps(), reader.duration()
+        frames, exact = int(stream.frames or round(duration * fps)) or 1, False
+        if rotation in (90, 270):
+            width, height = height, width
+        codec, pix_fmt = stream.codec_context.name, str(stream.codec_context.pix_fmt or first.format.name)
+        has_audio, container = bool(reader.container.streams.audio), str(reader.container.format.name)
+    if count:
+        with _Reader(source, limits) as reader:
+            frames, exact = sum(1 for _ in reader.frames()), True
+    if duration <= 0:
+        duration = frames / fps
+    return VideoInfo(
+        codec, width, height, fps, frames, duration, has_audio, pix_fmt, container, rotation=rotation, exact=exact
+    )
+
+
+def iter_frames(
+    source: Source,
+    start: int = 0,
+    end: int | None = None,
+    size: tuple[int, int] | None = None,
+    stride: int = 1,
+    limits: Limits = DEFAULT_LIMITS,
+) -> Iterator[np.ndarray]:
+    """Frames ``start, start + stride, ...`` below ``end``, one at a time, in presentation order: uint8 ``(h, w, 3)`` RGB.
+
+    A frame's index counts the frames that decode, from the start of the file; time stamps play no part, so variable
+    rates and files without time stamps index alike. Rotated video is turned upright. ``size`` goes through `fit`.
+    A damaged packet is skipped; a file of which nothing decodes raises.
+
+    Raises:
+        WorldloomError: as `probe`, or for a span that makes no sense.
+    """
+    _check_span(start, end, stride)
+    with _Reader(source, limits) as reader:
+        index, shape = -1, None
+        for index, frame in reader.frames_from(start):
+            if end is not None and index >= end:
+                return
+            if index < start or (index - start) % stride:
+                continue
+            image = _to_rgb(frame)
+            # A stream may change its size on the way; the first frame's size is the video's.
+            shape = shape or image.shape[:2]
+            yield fit(image[None], size or shape)[0] if image.shape[:2] != (size or shape) else image
+        if index < 0:
+            raise reader.no_frame()
+
+
+def read_frames(
+    source: Source,
+    start: int = 0,
+    end: int | None = None,
+    size: tuple[int, int] | None = None,
+    stride: int = 1,
+    limits: Limits = DEFAULT_LIMITS,
+) -> np.ndarray:
+    """Frames ``[start, end)`` as one array, uint8 ``(t, h, w, 3)`` RGB; see `iter_frames`.
+
+    Raises:
+        WorldloomError: as `iter_frames`; also if the result would exceed ``limits.max_array_bytes``, or the video ends
+            before ``start``. A video that ends before ``end`` gives the frames there are.
+    """
+    out: list[np.ndarray] = []
+    total = 0
+    for frame in iter_frames(source, start, end, size, stride, limits):
+        total += frame.nbytes
+        if total > limits.max_array_bytes:
+            raise WorldloomError(
+                "the frames do not fit the memory limit",
+                got=f"more than {limits.max_array_bytes / 2**30:.1f} GiB decoded from {_name(source)}",
+                do="read a shorter span (start, end), a smaller size, or use iter_frames",
+            )
+        out.append(frame)
+    if not out:
+        raise WorldloomError(
+            "the video has no frame in that span",
+            got=f"frames [{start}, {end}) of {_name(source)}",
+            do="check the span",
+        )
+    return np.stack(out)
+
+
+def write_video(
+    path: str | os.PathLike[str] | None,
+    frames: np.ndarray | Iterable[np.ndarray],
+    fps: float | Fraction,
+    lossless: bool = False,
+    crf: int = 18,
+) -> bytes | None:
+    """Encode uint8 RGB frames as MP4 (H.264). Equal frames give equal bytes.
+
+    ``lossless`` stores RGB exactly (4:4:4, quantiser 0; browsers do not play it). Otherwise 4:2:0, or 4:4:4 where the
+    width or the height is odd, since 4:2:0 cannot hold those.
+
+    Args:
+        path: the file, replaced atomically; None returns the bytes instead.
+        frames: ``(t, h, w, 3)``, or an iterable of ``(h, w, 3)``.
+        fps: frames per second.
+        crf: x264's constant rate factor, 0 (best) to 51.
+
+    Raises:
+        WorldloomError: no frames, another dtype or shape, a size that changes, or a rate that is not positive.
+    """
+    av = _av()
+    if not fps or not math.isfinite(fps) or fps <= 0:
+        raise WorldloomError("the frame rate must be a positive number", got=fps)
+    if not 0 <= crf <= 51:
+        raise WorldloomError("crf must lie between 0 and 51", got=crf)
+    rate = Fraction(fps).limit_denominator(65536)
+    iterator = iter(frames)
+    first = next(iterator, None)
+    if first is None:
+        raise WorldloomError("there are no frames to write", do="give at least one frame")
+    _check_frame(first, first.shape)
+    height, width = first.shape[:2]
+    buffer = io.BytesIO()
+    options = {"threads": "1", "preset": "ultrafast" if lossless else "veryfast"}
+    # Off: macroblock-tree rate control. At small sizes x264 reads memory there that it never wrote: one in ten files
+    # differed between runs at 64x64 (none in thousands without it).
+    options |= {"qp": "0"} if lossless else {"crf": str(crf), "x264-params": "mbtree=0"}
+    with av.open(buffer, "w", format="mp4", container_options={"fflags": "+bitexact"}) as container:
+        stream: Any = container.add_stream("libx264rgb" if lossless else "libx264", rate=rate, options=options)
+        stream.width, stream.height = width, height
+        stream.pix_fmt = "rgb24" if lossless else "yuv420p" if height % 2 == 0 and width % 2 == 0 else "yuv444p"
+        stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+        if not lossless:
+            stream.codec_context.colorspace = 6  # BT.601, which is what the conversion below computes
+        frame, index = first, 0
+        while frame is not None:
+            _check_frame(frame, first.shape)
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            if not lossless:
+                picture = picture.reformat(format=stream.pix_fmt, dst_colorspace="ITU601", threads=1)
+            picture.pts = index
+            container.mux(stream.encode(picture))
+            frame, index = next(iterator, None), index + 1
+        container.mux(stream.encode(None))
+    data = buffer.getvalue()
+    if path is None:
+        return data
+    _write(path, data)
+    return None
+
+
+def to_tensor(frames: np.ndarray) -> Tensor:
+    """uint8 ``(t, h, w, 3)`` or ``(b, t, h, w, 3)`` -> float32 ``(1 | b, 3, t, h, w)`` in [-1, 1]: ``x / 127.5 - 1``."""
+    import torch
+
+    array = np.asarray(frames)
+    if array.dtype != np.uint8 or array.ndim not in (4, 5) or array.shape[-1] != 3:
+        raise WorldloomError("frames must be uint8 (t, h, w, 3) or (b, t, h, w, 3)", got=f"{array.dtype} {array.shape}")
+    if array.ndim == 4:
+        array = array[None]
+    # (b, t, h, w, c) -> (b, c, t, h, w); copied, so that the tensor never shares a read-only buffer
+    video = torch.from_numpy(array.transpose(0, 4, 1, 2, 3).copy())
+    return video.to(torch.float32).div_(127.5).sub_(1.0)
+
+
+def to_frames(video: Tensor) -> np.ndarray:
+    """Float ``(b, 3, t, h, w)`` in [-1, 1] (clamped) -> uint8 ``(b, t, h, w, 3)``; the exact inverse of `to_tensor`."""
+    import torch
+
+    if video.ndim != 5 or video.shape[1] != 3:
+        raise WorldloomError("a video must be (b, 3, t, h, w)", got=tuple(video.shape))
+    if not torch.isfinite(video).all():
+        raise WorldloomError("the video holds values that are not finite", do="look for what made the NaN or infinity")
+    pixels = video.detach().to("cpu", torch.float32).add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    # (b, c, t, h, w) -> (b, t, h, w, c)
+    return pixels.permute(0, 2, 3, 4, 1).contiguous().numpy()
+
+
+def fit(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Centre-crop uint8 ``(t, h, w, 3)`` to the aspect ratio of ``size = (h, w)``, then resize by area averaging.
+
+    Shrinking averages areas; enlarging interpolates linearly. Nothing is stretched.
+    """
+    height, width = _check_size(size)
+    if frames.ndim != 4 or frames.dtype != np.uint8 or 0 in frames.shape:
+        raise WorldloomError("frames must be uint8 (t, h, w, c)", got=f"{frames.dtype} {frames.shape}")
+    h, w = frames.shape[1:3]
+    if (h, w) == (height, width):
+        return frames
+    if w * height > h * width:
+        crop_h, crop_w = h, max(1, round(h * width / height))
+    else:
+        crop_h, crop_w = max(1, round(w * height / width)), w
+    top, left = (h - crop_h) // 2, (w - crop_w) // 2
+    cropped = frames[:, top : top + crop_h, left : left + crop_w]
+    if (crop_h, crop_w) == (height, width):
+        return np.ascontiguousarray(cropped)
+    return np.stack([resize(frame, size) for frame in cropped])
+
+
+def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Stretch one uint8 image ``(h, w, c)`` to ``size = (h, w)``: area averaging down, linear interpolation up."""
+    height, width = _check_size(size)
+    h, w = image.shape[:2]
+    try:
+        import cv2
+    except ImportError:
+        return _resize_numpy(image, height, width)
+    channels = image.shape[2:]
+    image = np.ascontiguousarray(image)
+    if height < h or width < w:
+        image = cv2.resize(image, (min(width, w), min(height, h)), interpolation=cv2.INTER_AREA)
+    if height > h or width > w:
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    return np.asarray(image, np.uint8).reshape(height, width, *channels)
+
+
+def read_image(path: str | os.PathLike[str]) -> np.ndarray:
+    """An image file (PNG, JPEG, WebP, BMP, ...) as uint8 ``(h, w, 3)`` RGB, upright by its EXIF orientation."""
+    image_module = _pillow()
+    from PIL import ImageOps, UnidentifiedImageError
+
+    file = _local_file(path)
+    try:
+        with image_module.open(file, formats=["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]) as image:
+            if image.width * image.height > DEFAULT_LIMITS.max_pixels:
+                raise _over("pixels of a frame", image.width * image.height, DEFAULT_LIMITS.max_pixels, path)
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise WorldloomError("not an image", got=f"{file}: {error}", do="give a PNG, JPEG, WebP or BMP file") from error
+
+
+def write_image(path: str | os.PathLike[str] | None, frame: np.ndarray) -> bytes | None:
+    """Encode a uint8 ``(h, w, 3)`` image as PNG (JPEG where the path ends so); None returns the PNG's bytes."""
+    image_module = _pillow()
+    _check_frame(frame, frame.shape)
+    buffer = io.BytesIO()
+    jpeg = path is not None and Path(path).suffix.lower() in (".jpg", ".jpeg")
+    image_module.fromarray(np.ascontiguousarray(frame)).save(
+        buffer, **({"format": "JPEG", "quality": 95} if jpeg else {"format": "PNG"})
+    )
+    if path is None:
+        return buffer.getvalue()
+    _write(path, buffer.getvalue())
+    return None
+
+
+def write_gif(path: str | os.PathLike[str] | None, frames: np.ndarray, fps: float) -> bytes | None:
+    """Encode uint8 ``(t, h, w, 3)`` as an endless GIF (256 colours a frame); None returns the bytes."""
+    image_module = _pillow()
+    if frames.ndim != 4 or not len(frames):
+        raise WorldloomError("frames must be uint8 (t, h, w, 3), at least one", got=frames.shape)
+    if not fps > 0:
+        raise WorldloomError("the frame rate must be a positive number", got=fps)
+    for frame in frames:
+        _check_frame(frame, frames.shape[1:])
+    first, *rest = [image_module.fromarray(np.ascontiguousarray(frame)) for frame in frames]
+    buffer = io.BytesIO()
+    # GIF counts hundredths of a second, and players slow anything under two of them down.
+    delay = max(20, round(100 / fps) * 10)
+    first.save(buffer, format="GIF", save_all=True, append_images=rest, duration=delay, loop=0)
+    if path is None:
+        return buffer.getvalue()
+    _write(path, buffer.getvalue())
+    return None
+
+
+def contact_sheet(rows: Sequence[np.ndarray], every: int = 1, gap: int = 2) -> np.ndarray:
+    """One image from videos: a row each, every ``every``-th frame from left to right, white gaps.
+
+    Args:
+        rows: uint8 ``(t, h, w, 3)`` arrays of one frame size; their lengths may differ.
+    """
+    if not rows or any(row.ndim != 4 or row.dtype != np.uint8 or not len(row) for row in rows):
+        raise WorldloomError("rows must be uint8 (t, h, w, 3) arrays with at least one frame", got=len(rows))
+    if len({row.shape[1:] for row in rows}) != 1:
+        raise WorldloomError(
+            "the rows have different frame sizes", got=[row.shape for row in rows], do="fit() them first"
+        )
+    if every < 1:
+        raise WorldloomError("every must be at least 1", got=every)
+    picked = [row[::every] for row in rows]
+    h, w = rows[0].shape[1:3]
+    columns = max(len(row) for row in picked)
+    sheet = np.full((len(rows) * (h + gap) - gap, columns * (w + gap) - gap, 3), 255, np.uint8)
+    for i, row in enumerate(picked):
+        for j, frame in enumerate(row):
+            sheet[i * (h + gap) : i * (h + gap) + h, j * (w + gap) : j * (w + gap) + w] = frame
+    return sheet
+
+
+class _Reader:
+    """One open source and its first video stream, decoded on one thread within limits."""
+
+    def __init__(self, source: Source, limits: Limits) -> None:
+        self.source, self.limits = source, limits
+        self.av = _av()
+        if isinstance(source, bytes | bytearray | memoryview):
+            target: Any = io.BytesIO(source)
+            size = len(source)
+        else:
+            file = _local_file(source)
+            target, size = f"file:{file}", file.stat().st_size
+        if size == 0:
+            raise WorldloomError("the file is empty", got=_name(source))
+        if size > limits.max_bytes:
+            raise _over("bytes", size, limits.max_bytes, source)
+        options = {
+            "protocol_whitelist": "file,pipe",
+            "format_whitelist": FORMATS,
+            "max_pixels": str(limits.max_pixels),
+        }
+        try:
+            self.container: Any = self.av.open(target, options=options)
+        except PermissionError as error:
+            raise WorldloomError("the file may not be read", got=_name(source), do="check its permissions") from error
+        except (self.av.FFmpegError, OSError, ValueError) as error:
+            raise WorldloomError(
+                "not a video that can be read",
+                got=f"{_name(source)}: {_reason(error)}",
+                do="check the file in a player",
+            ) from error
+        try:
+            self._check_stream()
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_stream(self) -> None:
+        # A picture attached to a music file is a video stream too, of a single frame.
+        streams = [s for s in self.container.streams.video if not _attached(s)]
+        if not streams:
+            raise WorldloomError("the file has no video", got=_name(self.source), do="give a file with a video stream")
+        self.stream: Any = streams[0]
+        context = self.stream.codec_context
+        if context is None:
+            raise WorldloomError("no decoder for this video", got=_name(self.source), do="convert it to H.264")
+        self.stream.thread_type, context.thread_count = "NONE", 1
+        pixels = (context.width or 0) * (context.height or 0)
+        if pixels > self.limits.max_pixels:
+            raise _over("pixels of a frame", pixels, self.limits.max_pixels, self.source)
+        if self.duration() > self.limits.max_seconds:
+            raise _over("seconds", self.duration(), self.limits.max_seconds, self.source)
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.container.close()
+
+    def fps(self) -> float:
+        """Mean rate in frames per second; 25 where the file says nothing usable."""
+        for rate in (self.stream.average_rate, self.stream.guessed_rate, self.stream.base_rate):
+            if rate and 0 < float(rate) <= 1000:
+                return float(rate)
+        return 25.0
+
+    def duration(self) -> float:
+        """Seconds as declared; 0 where the file does not say."""
+        if self.stream.duration is not None and self.stream.time_base:
+            return max(0.0, float(self.stream.duration * self.stream.time_base))
+        return max(0.0, (self.container.duration or 0) / 1e6)
+
+    def frames(self) -> Iterator[Any]:
+        """All frames that decode, in presentation order. Damaged packets are stepped over."""
+        seen = 0
+        for packet in self._packets():
+            try:
+                frames = packet.decode()
+            except MemoryError:
+                raise
+            except (self.av.FFmpegError, OSError):
+                continue
+            for frame in frames:
+                if frame.width * frame.height > self.limits.max_pixels:
+                    raise _over("pixels of a frame", frame.width * frame.height, self.limits.max_pixels, self.source)
+                seen += 1
+                if seen > self.limits.max_frames:
+                    raise _over("frames", seen, self.limits.max_frames, self.source)
+                yield frame
+
+    def frames_from(self, start: int) -> Iterator[tuple[int, Any]]:
+        """(index, frame) pairs; the first may lie before ``start``."""
+        yield from enumerate(self.frames())
+
+    def _packets(self) -> Iterator[Any]:
+        packets = self.container.demux(self.stream)
+        while True:
+            try:
+                packet = next(packets)
+            except StopIteration:
+                return
+            except (self.av.FFmpegError, OSError):
+                # A file that was cut off: what came before still counts, and so does what the decoder holds back.
+                with contextlib.suppress(self.av.FFmpegError):
+                    yield self.av.Packet()
+                return
+            yield packet
+
+    def no_frame(self) -> WorldloomError:
+        return WorldloomError(
+            "no frame of the video decodes", got=_name(self.source), do="the file is damaged or cut off; fetch it again"
+        )
+
+
+def _attached(stream: Any) -> bool:
+    return bool(int(getattr(stream, "disposition", 0)) & 0x400)
+
+
+def _rotation(frame: Any) -> int:
+    return round(float(frame.rotation or 0) / 90) * 90 % 360
+
+
+def _to_rgb(frame: Any) -> np.ndarray:
+    image = frame.reformat(format="rgb24", threads=1).to_ndarray()
+    turns = _rotation(frame) // 90
+    return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
+
+
+def _resize_numpy(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """`resize` as two matrix products, for machines without OpenCV; within one grey level of it when shrinking."""
+    rows, columns = _weights(image.shape[0], height), _weights(image.shape[1], width)
+    planes = np.tensordot(rows, image.astype(np.float32), axes=(1, 0))  # (height, w, c)
+    planes = np.tensordot(columns, planes, axes=(1, 1)).swapaxes(0, 1)  # (height, width, c)
+    return np.clip(np.rint(planes), 0, 255).astype(np.uint8)
+
+
+def _weights(n: int, m: int) -> np.ndarray:
+    """``(m, n)`` rows that average areas (m <= n) or interpolate linearly between pixel centres (m > n)."""
+    if m <= n:
+        edges = np.arange(m + 1) * (n / m)
+        low, high = np.maximum(edges[:-1, None], np.arange(n)), np.minimum(edges[1:, None], np.arange(n) + 1)
+        return (np.maximum(high - low, 0) * (m / n)).astype(np.float32)
+    centre = np.clip((np.arange(m) + 0.5) * (n / m) - 0.5, 0, n - 1)
+    return np.maximum(1 - np.abs(centre[:, None] - np.arange(n)), 0).astype(np.float32)
+
+
+def _local_file(path: str | os.PathLike[str]) -> Path:
+    file = Path(path)
+    try:
+        if file.is_file():
+            return file.resolve()
+        kind = "is a folder" if file.is_dir() else "is not a regular file" if file.exists() else "does not exist"
+    except (OSError, ValueError) as error:
+        kind = f"cannot be looked up ({_reason(error)})"
+    raise WorldloomError(f"the file {kind}", got=file, do="give the path of a local file")
+
+
+def _write(path: str | os.PathLike[str], data: bytes) -> None:
+    from worldloom.artifacts import atomic_write
+
+    atomic_write(path, data)
+
+
+def _name(source: Source) -> str:
+    return f"{len(source)} bytes in memory" if isinstance(source, bytes | bytearray | memoryview) else str(source)
+
+
+def _reason(error: BaseException) -> str:
+    return str(getattr(error, "strerror", None) or error)
+
+
+def _over(what: str, value: float, limit: float, source: Any) -> WorldloomError:
+    return WorldloomError(f"over the limit of {limit:g} {what}", got=f"{value:g} in {_name(source)}", do="raise Limits")
+
+
+def _check_span(start: int, end: int | None, stride: int) -> None:
+    if start < 0 or stride < 1 or (end is not None and end <= start):
+        raise WorldloomError("a span needs 0 <= start < end and stride >= 1", got=f"[{start}, {end}) by {stride}")
+
+
+def _check_size(size: tuple[int, int]) -> tuple[int, int]:
+    height, width = size
+    if height < 1 or width < 1 or height * width > DEFAULT_LIMITS.max_pixels:
+        raise WorldloomError("a size is (height, width), both at least 1", got=size)
+    return height, width
+
+
+def _check_frame(frame: np.ndarray, shape: tuple[int, ...]) -> None:
+    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or frame.shape != shape or 0 in frame.shape:
+        raise WorldloomError(
+            "frames must be uint8 (h, w, 3), all of one size", got=f"{frame.dtype} {frame.shape}, first {shape}"
+        )
+
+
+def _av() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise missing_extra("av (PyAV)", "curation") from error
+    return av
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise missing_extra("pillow", "curation") from error
+    return Image
