@@ -34,7 +34,7 @@ FORMATS = (
     "asf,avi,av1,dv,flv,gif,h264,hevc,ivf,m4v,matroska,webm,mjpeg,mov,mp4,m4a,3gp,3g2,mj2,"
     "mpeg,mpegts,mpegvideo,mxf,nut,obu,ogg,rm,vc1,yuv4mpegpipe"
 )
-"""The demuxers that may open a file. What reads other files or URLs (hls, dash, concat, image2, sdp) is not among them."""
+"""The demuxers that may open a file. Those that open other files or URLs (hls, dash, concat, sdp) are not in it."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def iter_frames(
     stride: int = 1,
     limits: Limits = DEFAULT_LIMITS,
 ) -> Iterator[np.ndarray]:
-    """Frames ``start, start + stride, ...`` below ``end``, one at a time, in presentation order: uint8 ``(h, w, 3)`` RGB.
+    """Frames ``start, start + stride, ...`` below ``end``, one by one in presentation order: uint8 ``(h, w, 3)`` RGB.
 
     A frame's index counts the frames that decode, from the start of the file; time stamps play no part, so variable
     rates and files without time stamps index alike. Rotated video is turned upright. ``size`` goes through `fit`.
@@ -246,7 +246,7 @@ def write_video(
 
 
 def to_tensor(frames: np.ndarray) -> Tensor:
-    """uint8 ``(t, h, w, 3)`` or ``(b, t, h, w, 3)`` -> float32 ``(1 | b, 3, t, h, w)`` in [-1, 1]: ``x / 127.5 - 1``."""
+    """uint8 ``(t, h, w, 3)`` or ``(b, t, h, w, 3)`` -> float32 ``(1 | b, 3, t, h, w)``: ``x / 127.5 - 1``."""
     import torch
 
     array = np.asarray(frames)
@@ -548,7 +548,7 @@ def _local_file(path: str | os.PathLike[str]) -> Path:
 def _write(path: str | os.PathLike[str], data: bytes) -> None:
     from worldloom.artifacts import atomic_write
 
-    atomic_write(path, data)
+    atomic_write(Path(path), data)
 
 
 def _name(source: Source) -> str:
