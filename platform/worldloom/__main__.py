@@ -1,0 +1,5 @@
+"""``python -m worldloom``."""
+
+from worldloom.cli import main
+
+main(prog_name="worldloom")
