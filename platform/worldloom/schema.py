@@ -77,6 +77,8 @@ class Decision:
     """The threshold it was held against."""
     reason: str = ""
     """One sentence for a person."""
+    failed: bool = False
+    """True if the span could not be processed at all (then `kept` is False and `reason` is the error)."""
 
 
 @dataclass(frozen=True)
