@@ -98,7 +98,7 @@ def _torch_seed() -> None:
 
 
 def pytest_configure() -> None:
-    """Keep pytest-randomly from importing DeepSpeed (which registers a seeder with it) into tests that need no torch."""
+    """Keep pytest-randomly from importing DeepSpeed, which registers a seeder with it, where no test needs torch."""
     if "pytest_randomly" in sys.modules:
         sys.modules["pytest_randomly"].entrypoint_reseeds = []
 

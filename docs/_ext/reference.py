@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 from collections.abc import Iterator
@@ -13,7 +14,12 @@ from typing import Any
 import click
 from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
+
+from worldloom.errors import WorldloomError
+
+log = logging.getLogger(__name__)
 
 
 def _paragraphs(text: str) -> list[nodes.Node]:
@@ -48,7 +54,11 @@ class CliReference(SphinxDirective):
 
     def _sections(self, group: click.Group, context: click.Context) -> Iterator[nodes.section]:
         for name in group.list_commands(context):
-            command = group.get_command(context, name)
+            try:
+                command = group.get_command(context, name)
+            except WorldloomError as error:
+                log.warning("the command %s cannot be described: %s", name, error)
+                continue
             assert command is not None, name
             yield self._section(command, click.Context(command, info_name=name, parent=context))
 
@@ -78,15 +88,19 @@ class ConfigReference(SphinxDirective):
         from worldloom.config import describe
 
         module, _, name = self.arguments[0].partition(":")
-        cls = getattr(importlib.import_module(module), name)
-        rows = [
-            (key, str(kind), _default(default), sentence or "") for key, kind, default, sentence in describe(cls)
-        ]
+        try:
+            cls = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            log.warning("the config %s cannot be described: %s", self.arguments[0], error)
+            return []
+        rows = [(key, str(kind), _default(default), sentence or "") for key, kind, default, sentence in describe(cls)]
         return [_table(("Key", "Type", "Default", "Meaning"), rows, (25, 15, 15, 45))]
 
 
 def _default(value: Any) -> str:
-    return value if isinstance(value, str) else repr(value)
+    if value is dataclasses.MISSING:
+        return "required"
+    return repr(value)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
