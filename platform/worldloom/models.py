@@ -1,0 +1,233 @@
+"""``worldloom models``: the models and tokenizers this machine knows, and whether their files are what they claim."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from worldloom import registry
+from worldloom.artifacts import Artifact, Store, file_digest
+from worldloom.errors import WorldloomError
+
+State = Literal["ok", "missing", "changed", "unchecked"]
+_WEIGHTS = "model.safetensors"
+_ADAPTER = "adapter_model.safetensors"
+_KINDS = ("model", "adapter", "tokenizer")
+_HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A model or tokenizer that a catalog offers."""
+
+    name: str
+    """What `load_model` / `load_tokenizer` take."""
+    group: str
+    """``models`` or ``tokenizers``."""
+    family: str
+    """The family that reads it; empty for a tokenizer that names none."""
+    summary: str
+    """One sentence."""
+    folder: Path | None
+    """Where its files are."""
+    digest: str
+    """sha256 (hex) that the catalog promises for ``model.safetensors``."""
+    state: State
+    """``ok``: the file is there and has that digest. ``unchecked``: the catalog promises none."""
+    bytes: int
+    """Size of ``model.safetensors``; 0 when missing."""
+    parameters: int
+    """Number of parameters; 0 when missing or unreadable."""
+
+
+def known(problems: list[str] | None = None) -> list[KnownModel]:
+    """Every model and tokenizer of the catalogs, each checked; catalogs that failed are appended to `problems`."""
+    found: list[KnownModel] = []
+    for group in ("models", "tokenizers"):
+        catalogs = registry.group(group)
+        if problems is not None:
+            problems.extend(catalogs.problems)
+        found.extend(_known(lines[0]) for lines in catalogs.entries.values())
+    return found
+
+
+def _known(entry: registry.Entry) -> KnownModel:
+    folder, digest = entry.folder, str(entry.meta.get("sha256", ""))
+    weights = folder / _WEIGHTS if folder is not None else None
+    state: State = "missing"
+    size = parameters = 0
+    if weights is not None and weights.is_file():
+        state = "unchecked" if not digest else "ok" if file_digest(weights) == digest else "changed"
+        size, parameters = weights.stat().st_size, count_parameters(weights)
+    family = str(entry.meta.get("family", ""))
+    return KnownModel(entry.name, entry.group, family, entry.summary, folder, digest, state, size, parameters)
+
+
+def count_parameters(path: str | Path) -> int:
+    """Number of elements of all tensors of a safetensors file, from its header alone; 0 if it is no such file."""
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > _HEADER_LIMIT:
+                return 0
+            header = json.loads(file.read(length))
+        total = 0
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                elements = 1
+                for size in tensor["shape"]:
+                    elements *= int(size)
+                total += elements
+        return total
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError):
+        return 0
+
+
+@click.group()
+def models() -> None:
+    """List and show the models and tokenizers this machine knows."""
+
+
+_store_option = click.option("--store", "root", default=None, help="Artifact store.  [default: ./.worldloom/store]")
+
+
+@models.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_store_option
+def list_(as_json: bool, root: str | None) -> None:
+    """Shipped models and tokenizers, then those made here."""
+    from rich.console import Console
+    from rich.table import Table
+
+    problems: list[str] = []
+    shipped, made = known(problems), _made(Store(root))
+    if as_json:
+        plain = {"shipped": [_plain(item) for item in shipped], "made": [_summary(item) for item in made]}
+        click.echo(json.dumps(plain, indent=1))
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column, justify in (
+        ("name", "left"),
+        ("kind", "left"),
+        ("parameters", "right"),
+        ("files", "left"),
+        ("", "left"),
+    ):
+        table.add_column(column, justify=justify, overflow="fold")  # pyright: ignore[reportArgumentType]
+    for item in shipped:
+        table.add_row(item.name, _kind(item), short_count(item.parameters), item.state, item.summary)
+    for artifact in made:
+        table.add_row(artifact.name or artifact.id, artifact.kind, "", "made here", artifact.location)
+    if shipped or made:
+        Console(highlight=False, markup=False).print(table)
+    else:
+        click.echo("No model is known: none is shipped with the installed packages, and none was made here.")
+    for problem in problems:
+        click.echo(f"warning: {problem}", err=True)
+
+
+@models.command()
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_store_option
+def show(name: str, as_json: bool, root: str | None) -> None:
+    """Show NAME (a catalog name, a checkpoint folder, or an artifact id): figures, config and model card."""
+    facts, folder = _facts(name, Store(root))
+    config = _read(folder, "config.toml")
+    card = _read(folder, "README.md")
+    if as_json:
+        click.echo(json.dumps(facts | {"config": config, "card": card}, indent=1))
+        return
+    width = max(map(len, facts))
+    for key, value in facts.items():
+        if value not in ("", 0):
+            click.echo(f"{key:<{width}}  {value}")
+    if config:
+        click.echo("\nconfig.toml\n" + "\n".join(f"  {line}" for line in config.rstrip().splitlines()))
+    if card:
+        from rich.console import Console
+        from rich.markdown import Markdown
+
+        click.echo()
+        Console(highlight=False).print(Markdown(card))
+
+
+def _facts(name: str, store: Store) -> tuple[dict[str, Any], Path | None]:
+    """What is known about a name, and its folder."""
+    found = next((item for item in known() if item.name == name), None)
+    if found is not None:
+        return _plain(found), found.folder
+    if Path(name).is_dir():
+        return _folder_facts(Path(name)), Path(name)
+    try:
+        artifact = store.get(name)
+    except WorldloomError:
+        artifact = next((item for item in reversed(_made(store)) if item.name == name), None)
+    if artifact is not None:
+        return _summary(artifact) | {"inputs": list(artifact.inputs)}, Path(artifact.location)
+    registry.entry("models", name)  # raises, and names the nearest
+    raise AssertionError("a name of the catalog was not found in it")
+
+
+def _folder_facts(folder: Path) -> dict[str, Any]:
+    weights = next((folder / file for file in (_WEIGHTS, _ADAPTER) if (folder / file).is_file()), None)
+    if weights is None:
+        raise WorldloomError(f"this folder holds no {_WEIGHTS}", got=folder, do="give the folder of a saved checkpoint")
+    return {
+        "name": folder.name,
+        "folder": str(folder.absolute()),
+        "sha256": file_digest(weights),
+        "bytes": weights.stat().st_size,
+        "parameters": count_parameters(weights),
+    }
+
+
+def _made(store: Store) -> list[Artifact]:
+    return [artifact for artifact in store.find() if artifact.kind in _KINDS]
+
+
+def _kind(item: KnownModel) -> str:
+    return "tokenizer" if item.group == "tokenizers" else item.family or "model"
+
+
+def _plain(item: KnownModel) -> dict[str, Any]:
+    return {
+        "name": item.name,
+        "kind": _kind(item),
+        "summary": item.summary,
+        "folder": str(item.folder or ""),
+        "sha256": item.digest,
+        "state": item.state,
+        "bytes": item.bytes,
+        "parameters": item.parameters,
+    }
+
+
+def _summary(artifact: Artifact) -> dict[str, Any]:
+    return {
+        "name": artifact.name,
+        "kind": artifact.kind,
+        "id": artifact.id,
+        "folder": artifact.location,
+        "digest": artifact.digest,
+        "bytes": artifact.size,
+        "created": artifact.created,
+    }
+
+
+def _read(folder: Path | None, name: str) -> str:
+    file = folder / name if folder is not None else None
+    return file.read_text(encoding="utf-8", errors="replace") if file is not None and file.is_file() else ""
+
+
+def short_count(value: float) -> str:
+    """``6_100_000`` -> ``6.1 M``; empty for 0."""
+    for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return str(int(value)) if value else ""
