@@ -6,6 +6,7 @@ velocity. Sampling integrates it from s = 1 to s = 0.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 
 def shift_noise_level(s: Tensor, shift: float) -> Tensor:
-    """``shift s / (1 + (shift - 1) s)`` (Esser et al. 2024, eq. 23): 0 and 1 stay, the middle moves up for shift > 1."""
+    """``shift s / (1 + (shift - 1) s)`` (Esser et al. 2024, eq. 23): 0 and 1 stay; shift > 1 moves the middle up."""
     return shift * s / (1 + (shift - 1) * s)
 
 
@@ -32,7 +33,7 @@ def flow_euler(velocity: Callable[[Tensor, float], Tensor], noise: Tensor, level
     """Euler's method along ``levels`` (from `flow_levels`); ``velocity(x, level)`` sees x at that noise level."""
     x = noise
     points = levels.tolist()
-    for level, following in zip(points[:-1], points[1:], strict=True):
+    for level, following in itertools.pairwise(points):
         x = x + (following - level) * velocity(x, level)
     return x
 

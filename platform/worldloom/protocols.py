@@ -7,7 +7,7 @@ Letters: b batch, c channels, t latent frames, T video frames, h w latent size, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +44,10 @@ class VideoTokenizer(Protocol):
 
     def stream_decode(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Decode consecutive latent chunks of one video; concatenated, equal to `decode` of the whole."""
+        ...
+
+    def decode_step(self, latents: Tensor, state: dict[Any, Tensor]) -> Tensor:
+        """Decode the next latents of a stream whose state the caller holds; it starts as an empty dict."""
         ...
 
 

@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from worldloom.errors import WorldloomError
 
+from worldloom.errors import WorldloomError
 from worldloom_tokenizers.config import CausalVAEConfig
 
-State = dict[nn.Module, Tensor]
-"""Of each temporal layer, the last ``kernel - 1`` frames it saw: ``(b, kernel-1, c, h, w)``."""
+State = dict[Any, Tensor]
+"""Keyed by temporal layer: the last ``kernel - 1`` frames it saw: ``(b, kernel-1, c, h, w)``."""
 
 
 class RMSNorm(nn.Module):
@@ -132,7 +132,7 @@ class CausalVAE(nn.Module):
 
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     @property
     def temporal_ratio(self) -> int:

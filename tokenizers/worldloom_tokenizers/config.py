@@ -27,10 +27,13 @@ class CausalVAEConfig:
     def __post_init__(self) -> None:
         if min(self.widths) < 1 or self.latent_channels < 1:
             raise WorldloomError("tokenizer widths must be positive", got=(self.widths, self.latent_channels))
-        if self.temporal_ratio < 1 or self.temporal_kernel < 1:
+        if self.temporal_ratio < 1 or self.temporal_kernel < 2:
             raise WorldloomError(
-                "temporal_ratio and temporal_kernel must be at least 1", got=(self.temporal_ratio, self.temporal_kernel)
+                "temporal_ratio must be at least 1 and temporal_kernel at least 2",
+                got=(self.temporal_ratio, self.temporal_kernel),
             )
+        if min(sum(self.encoder_blocks), sum(self.decoder_blocks)) < 1:
+            raise WorldloomError("encoder and decoder need at least one block each", got=self)
 
     @property
     def spatial_ratio(self) -> int:

@@ -1,1 +1,1 @@
-"""Worldloom component."""
+"""The predict family: generation and world dynamics."""

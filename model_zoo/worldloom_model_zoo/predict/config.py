@@ -50,7 +50,7 @@ class PredictConfig:
     action_hidden: int = 256
     """Hidden size of the two action MLPs."""
     attention: Literal["full", "causal"] = "causal"
-    """``full``: every frame sees every frame. ``causal``: a frame sees itself and earlier ones, so it can be stepped."""
+    """``full``: every frame sees every frame. ``causal``: it sees itself and earlier ones, so it can be stepped."""
     window: int = 0
     """Latent frames that a frame sees in causal attention, itself included; 0 for all."""
 

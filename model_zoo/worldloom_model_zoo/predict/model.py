@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from worldloom.errors import WorldloomError
 
+from worldloom.errors import WorldloomError
 from worldloom_model_zoo.predict.config import PredictConfig
 
 

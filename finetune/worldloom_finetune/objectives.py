@@ -1,0 +1,110 @@
+"""Training objectives: pure functions of a model, a batch and a generator.
+
+Letters: b batch, t latent frames, c channels, h w latent size, T video frames.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from worldloom.errors import WorldloomError
+from worldloom.schema import LatentBatch
+from worldloom_model_zoo.samplers import flow_interpolate, shift_noise_level
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Rectified flow with a noise level per latent frame."""
+
+    context: Literal["prefix", "independent", "mixed"] = "mixed"
+    """``prefix``: a random number of first frames is nearly clean, the rest noisy (what sampling meets).
+    ``independent``: every frame has its own level (diffusion forcing, Chen et al. 2024). ``mixed``: half of each."""
+    context_noise: float = 0.1
+    """Prefix frames get a level uniform in [0, this]."""
+    logit_mean: float = 0.0
+    """Mean of the logit-normal noise level (Esser et al. 2024)."""
+    logit_std: float = 1.0
+    """Its standard deviation."""
+    shift: float = 1.0
+    """Timestep shift; above 1 trains more at high noise."""
+    action_dropout: float = 0.1
+    """Share of samples that get the null action, so that guidance on actions is possible."""
+
+
+def noise_levels(b: int, t: int, config: FlowConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Noise level of each frame ``(b, t)`` and its loss weight ``(b, t)``: 0 on a clean prefix, else 1."""
+    logit = torch.randn(b, t, generator=generator) * config.logit_std + config.logit_mean
+    level = shift_noise_level(torch.sigmoid(logit), config.shift)
+    prefix = torch.randint(1, max(t, 2), (b, 1), generator=generator)  # at least one context frame, one noisy one
+    context = torch.rand(b, t, generator=generator) * config.context_noise
+    independent = torch.rand(b, 1, generator=generator) < 0.5
+    if config.context == "prefix":
+        independent = torch.zeros_like(independent)
+    elif config.context == "independent":
+        independent = torch.ones_like(independent)
+    is_context = (torch.arange(t)[None] < prefix) & ~independent & (t > 1)
+    return torch.where(is_context, context, level), (~is_context).float()
+
+
+def rectified_flow_loss(
+    model: nn.Module, batch: LatentBatch, config: FlowConfig, generator: torch.Generator
+) -> tuple[Tensor, dict[str, float]]:
+    """Mean squared error of the velocity, noise - clean, over the frames that are not clean context.
+
+    ``generator`` is a CPU generator; equal states give equal losses. Returns the loss and metrics to log.
+
+    Raises:
+        WorldloomError: if the loss is not finite.
+    """
+    latents = batch.latents
+    b, _, t = latents.shape[:3]
+    level, weight = noise_levels(b, t, config, generator)
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    keep_action = torch.rand(b, generator=generator) >= config.action_dropout
+    level, weight, keep_action = (x.to(latents.device) for x in (level, weight, keep_action))
+
+    velocity = model(flow_interpolate(latents, noise, level), level, batch.actions, batch.text, action_mask=keep_action)
+    error = (velocity - (noise - latents)).square().mean(dim=(1, 3, 4))  # (b, c, t, h, w) -> (b, t)
+    loss = (error * weight).sum() / weight.sum().clamp_min(1)
+    if not torch.isfinite(loss):
+        raise WorldloomError(
+            "the training loss is not finite",
+            got=float(loss),
+            do="lower optim.lr, or check the latents for values that are not finite",
+        )
+    high = (level > 0.5) & (weight > 0)
+    metrics = {"loss_high_noise": float(error[high].mean())} if bool(high.any()) else {}
+    return loss, metrics
+
+
+@dataclass(frozen=True)
+class ReconstructionConfig:
+    """What a continuous tokenizer is trained for."""
+
+    l1: float = 1.0
+    """Weight of the mean absolute error."""
+    l2: float = 2.0
+    """Weight of the mean squared error, which PSNR measures."""
+    latent_noise: float = 0.05
+    """Standard deviation of noise added to raw latents: the decoder learns to forgive small errors of a generator."""
+    latent_penalty: float = 1e-4
+    """Weight of the mean square of raw latents: keeps their scale bounded."""
+
+
+def tokenizer_loss(
+    model: nn.Module, video: Tensor, config: ReconstructionConfig, generator: torch.Generator
+) -> tuple[Tensor, dict[str, float]]:
+    """Reconstruction of ``(b, 3, T, H, W)`` in [-1, 1] by a tokenizer with ``encode_raw`` and ``decode_raw``."""
+    raw = model.encode_raw(video)  # pyright: ignore[reportCallIssue]
+    noise = torch.randn(raw.shape, generator=generator).to(raw)
+    error = model.decode_raw(raw + config.latent_noise * noise) - video  # pyright: ignore[reportCallIssue]
+    mse = error.square().mean()
+    loss = config.l1 * error.abs().mean() + config.l2 * mse + config.latent_penalty * raw.square().mean()
+    if not torch.isfinite(loss):
+        raise WorldloomError("the training loss is not finite", got=float(loss), do="lower optim.lr")
+    psnr = 10 * torch.log10(4 / mse.detach().clamp_min(1e-12))  # peak-to-peak is 2
+    return loss, {"psnr": float(psnr), "latent_rms": float(raw.detach().square().mean().sqrt())}

@@ -1,0 +1,29 @@
+"""What the model zoo offers by name; nothing here imports torch."""
+
+COMMANDS = {
+    "generate": {
+        "target": "worldloom_model_zoo.cli:generate",
+        "summary": "Make a video from an image, a video, actions or text.",
+    },
+    "eval": {
+        "target": "worldloom_model_zoo.cli:evaluate",
+        "summary": "Measure a model on a dataset; a table and an HTML report.",
+    },
+}
+
+FAMILIES = {
+    "predict": {
+        "target": "worldloom_model_zoo.predict.checkpoint:load",
+        "summary": "Video diffusion transformer: generation, action-conditioned dynamics, stepping.",
+    },
+}
+
+MODELS = {
+    "loom-world-nano": {
+        "target": "worldloom_model_zoo.predict.checkpoint:load",
+        "summary": "Interactive world model of a 3-D maze (ViZDoom), 64x64, stepped by actions.",
+        "family": "predict",
+        "path": "weights/loom-world-nano",
+        "sha256": "",
+    },
+}

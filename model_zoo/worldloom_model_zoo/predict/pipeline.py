@@ -1,0 +1,221 @@
+"""The predict family in use: generate a video, or step an interactive world.
+
+Letters: b batch, t latent frames, T video frames, r frames in a latent frame, H W pixels, a action size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from worldloom.errors import WorldloomError
+from worldloom.protocols import VideoTokenizer
+from worldloom.schema import CheckpointRef, GenerationRequest
+from worldloom_model_zoo.predict.config import PredictCheckpoint, SamplerConfig
+from worldloom_model_zoo.predict.inputs import align_actions, read_conditioning
+from worldloom_model_zoo.predict.model import KVCache, PredictTransformer
+from worldloom_model_zoo.samplers import flow_euler, flow_interpolate, flow_levels, guide
+
+
+class PredictPipeline:
+    """A model with its tokenizer and sampler. Implements `Generates`, and `Steps` where attention is causal."""
+
+    def __init__(
+        self,
+        model: PredictTransformer,
+        tokenizer: VideoTokenizer,
+        config: PredictCheckpoint,
+        ref: CheckpointRef | None = None,
+    ) -> None:
+        if tokenizer.latent_channels != config.model.latent_channels:
+            raise WorldloomError(
+                "the tokenizer's latents do not fit the model",
+                got=f"{tokenizer.latent_channels} channels, the model takes {config.model.latent_channels}",
+            )
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.ref = ref
+        self.sampler: SamplerConfig = config.sampler
+        self._world: _World | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def action_dim(self) -> int:
+        """Size of an action; 0 for a model without actions."""
+        return self.model.config.action_dim
+
+    @property
+    def frames_per_step(self) -> int:
+        """Video frames, and actions, of one `step`."""
+        return self.tokenizer.temporal_ratio
+
+    # -- Generates ------------------------------------------------------------------------------------------------
+
+    def generate(self, request: GenerationRequest) -> Tensor:
+        """The video a request describes, conditioning frames included: ``(1, 3, T, H, W)`` in [-1, 1].
+
+        Raises:
+            WorldloomError: text for a model without text, no conditioning, actions of another size or number.
+        """
+        start, actions = read_conditioning(request, self.config, self.frames_per_step)
+        steps, scale = request.steps or self.sampler.steps, request.guidance_scale or self.sampler.guidance_scale
+        frames = request.frames
+        if frames is None:
+            frames = start.shape[2] + 16 if actions is None else actions.shape[1] + 1
+        sampler = replace(self.sampler, steps=steps, guidance_scale=scale)
+        return self.generate_video(start, actions, frames, seed=request.seed, sampler=sampler)
+
+    @torch.no_grad()
+    def generate_video(
+        self,
+        start: Tensor,
+        actions: Tensor | None,
+        frames: int,
+        *,
+        seed: int = 0,
+        sampler: SamplerConfig | None = None,
+    ) -> Tensor:
+        """Continue ``start (b, 3, T0, H, W)``, T0 = 1 + r k, to ``frames`` = T video frames; the given frames are kept.
+
+        Args:
+            actions: ``(b, T-1, a)`` from the first given frame on; None for the null action.
+            seed: of the noise; row i of a batch draws from seed + i, so a row does not depend on its batch.
+
+        Raises:
+            WorldloomError: lengths that do not fit.
+        """
+        ratio = self.frames_per_step
+        if (frames - 1) % ratio or frames <= start.shape[2]:
+            raise WorldloomError(
+                f"the number of frames must be 1 + {ratio}k and exceed the {start.shape[2]} given",
+                got=frames,
+                do=f"use {max((frames - 1) // ratio, (start.shape[2] - 1) // ratio + 1) * ratio + 1}",
+            )
+        if actions is not None and actions.shape[1] != frames - 1:
+            raise WorldloomError(
+                f"{frames} frames need {frames - 1} actions, one between two frames", got=actions.shape[1]
+            )
+        sampler = sampler or self.sampler
+        start = start.to(self.device)
+        context = self.tokenizer.encode(start)
+        if self.model.config.attention == "causal":
+            world = _World(self.model, sampler, start.shape[0], seed)
+            known = (context.shape[2] - 1) * ratio
+            world.observe(context, None if actions is None else actions[:, :known].to(self.device))
+            parts = [context]
+            for index in range(known, frames - 1, ratio):
+                chosen = None if actions is None else actions[:, index : index + ratio].to(self.device)
+                parts.append(world.advance(chosen))
+            latents = torch.cat(parts, dim=2)
+        else:
+            latents = self._denoise_jointly(context, actions, 1 + (frames - 1) // ratio, seed, sampler)
+        video = self.tokenizer.decode(latents)
+        return torch.cat([start, video[:, :, start.shape[2] :]], dim=2)
+
+    def _denoise_jointly(
+        self, context: Tensor, actions: Tensor | None, t: int, seed: int, sampler: SamplerConfig
+    ) -> Tensor:
+        """Full attention: all frames at once, context frames held clean at noise level 0."""
+        b, c, known, h, w = context.shape
+        generators = _generators(b, seed)
+        noise = _noise(generators, (c, t - known, h, w), context)
+        actions = None if actions is None else actions.to(context)
+
+        def velocity(x: Tensor, level: float) -> Tensor:
+            levels = torch.cat([context.new_zeros(b, known), context.new_full((b, t - known), level)], dim=1)
+            return self._guided(torch.cat([context, x], dim=2), levels, actions, sampler.guidance_scale)[:, :, known:]
+
+        made = flow_euler(velocity, noise, flow_levels(sampler.steps, sampler.shift))
+        return torch.cat([context, made], dim=2)
+
+    def _guided(self, x: Tensor, levels: Tensor, actions: Tensor | None, scale: float) -> Tensor:
+        conditional = self.model(x, levels, actions)
+        if scale == 1 or actions is None:
+            return conditional
+        return guide(conditional, self.model(x, levels, None), scale)
+
+    # -- Steps ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def reset(self, video: Tensor, actions: Tensor | None = None, *, seed: int = 0) -> Tensor:
+        """Start a world from ``(b, 3, T, H, W)``, T = 1 + r k; returns the start as the tokenizer sees it."""
+        world = _World(self.model, self.sampler, video.shape[0], seed)
+        context = self.tokenizer.encode(video.to(self.device))
+        world.observe(context, None if actions is None else actions.to(self.device))
+        self._world = world
+        return self._decode(context, world)
+
+    @torch.no_grad()
+    def step(self, actions: Tensor) -> Tensor:
+        """Advance by ``(b, r, a)`` actions; returns the r new frames ``(b, 3, r, H, W)``."""
+        if self._world is None:
+            raise WorldloomError("the world has no start yet", do="call reset(video) first")
+        latents = self._world.advance(actions.to(self.device))
+        return self._decode(latents, self._world)
+
+    def rollout(self, actions: Tensor) -> Tensor:
+        """``(b, n*r, a)`` -> ``(b, 3, n*r, H, W)``: repeated `step`."""
+        ratio = self.frames_per_step
+        if actions.shape[1] % ratio or not actions.shape[1]:
+            raise WorldloomError(f"a rollout takes a multiple of {ratio} actions", got=actions.shape[1])
+        return torch.cat([self.step(part) for part in actions.split(ratio, dim=1)], dim=2)
+
+    def align(self, actions: Tensor, names: tuple[str, ...]) -> Tensor:
+        """Actions ``(b, n, k)`` whose components are called ``names``, in this model's own order and size."""
+        return align_actions(actions, names, self.config.action_names, self.action_dim)
+
+    def _decode(self, latents: Tensor, world: _World) -> Tensor:
+        return self.tokenizer.decode_step(latents, world.decoder_state)
+
+
+class _World:
+    """The state of one rollout: what the model has seen, the decoder's state, the noise streams."""
+
+    def __init__(self, model: PredictTransformer, sampler: SamplerConfig, batch: int, seed: int) -> None:
+        self.model, self.sampler = model, sampler
+        self.cache = KVCache()
+        self.decoder_state: dict[Any, Tensor] = {}
+        self.generators = _generators(batch, seed)
+        self.shape: tuple[int, ...] = ()
+
+    def observe(self, latents: Tensor, actions: Tensor | None) -> None:
+        """Take clean latent frames ``(b, c, t, h, w)`` and the actions that led to them into the cache."""
+        b, c, t, h, w = latents.shape
+        self.shape = (c, 1, h, w)
+        level = latents.new_full((b, t), self.sampler.context_noise)
+        if self.sampler.context_noise:
+            noise = _noise(self.generators, (c, t, h, w), latents)
+            latents = flow_interpolate(latents, noise, level)
+        self.model(latents, level, actions, cache=self.cache, commit=True)
+
+    def advance(self, actions: Tensor | None) -> Tensor:
+        """Sample the next latent frame ``(b, c, 1, h, w)`` and take it into the cache."""
+        reference = self.cache.keys[0]
+        noise = _noise(self.generators, self.shape, reference)
+        b, scale = len(self.generators), self.sampler.guidance_scale
+
+        def velocity(x: Tensor, level: float) -> Tensor:
+            levels = x.new_full((b, 1), level)
+            conditional = self.model(x, levels, actions, cache=self.cache)
+            if scale == 1 or actions is None:
+                return conditional
+            return guide(conditional, self.model(x, levels, None, cache=self.cache), scale)
+
+        latents = flow_euler(velocity, noise, flow_levels(self.sampler.steps, self.sampler.shift))
+        self.observe(latents, actions)
+        return latents
+
+
+def _generators(batch: int, seed: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed + row) for row in range(batch)]
+
+
+def _noise(generators: list[torch.Generator], shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Standard normal ``(b, *shape)``, drawn on the CPU so that a seed means the same on every device."""
+    return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(like)

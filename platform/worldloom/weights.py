@@ -1,0 +1,73 @@
+"""Model weights on disk: safetensors only, digests checked, every key accounted for. Never a pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from worldloom.artifacts import file_digest
+from worldloom.errors import WorldloomError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+WEIGHTS = "model.safetensors"
+
+
+def write_weights(tensors: Mapping[str, Tensor], folder: Path, name: str = WEIGHTS) -> None:
+    """Write tensors into a folder that the caller commits (`artifacts.atomic_dir`)."""
+    from safetensors.torch import save_file
+
+    # safetensors refuses shared storage, so every tensor gets its own
+    save_file({key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}, folder / name)
+
+
+def read_weights(path: Path, sha256: str = "", name: str = WEIGHTS) -> dict[str, Tensor]:
+    """The tensors of a checkpoint folder.
+
+    Raises:
+        WorldloomError: a missing folder or file, a pickle, a digest that does not match, a truncated file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = path / name
+    if not file.is_file():
+        pickles = sorted(p.name for suffix in ("*.pt", "*.pth", "*.ckpt", "*.bin") for p in path.glob(suffix))
+        if pickles:
+            raise WorldloomError(
+                "pickled checkpoints are not read: loading one can run any code",
+                got=str(path / pickles[0]),
+                do="save the tensors as model.safetensors with safetensors.torch.save_file in a sandbox you trust",
+            )
+        raise WorldloomError("there is no checkpoint here", got=str(path), do=f"give a folder that holds {name}")
+    if sha256 and file_digest(file) != sha256:
+        raise WorldloomError(
+            "the weights are not those the catalog names", got=str(file), do="reinstall worldloom, or pull them again"
+        )
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise WorldloomError(f"the weights cannot be read: {error}", got=str(file), do="copy the file again") from error
+
+
+def assign_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Load every tensor into the model's own dtype; no missing key, no unmatched key, no other shape.
+
+    Raises:
+        WorldloomError: naming the first keys that do not fit.
+    """
+    import torch
+
+    own = model.state_dict()
+    missing, unmatched = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = [key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape]
+    if missing or unmatched or shapes:
+        found = f"missing {missing[:3]}, unmatched {unmatched[:3]}, other shape {sorted(shapes)[:3]}"
+        raise WorldloomError(
+            "the weights are of another model than config.toml describes", got=f"{path}: {found}", do="check the folder"
+        )
+    with torch.no_grad():
+        for key, tensor in own.items():
+            tensor.copy_(weights[key])

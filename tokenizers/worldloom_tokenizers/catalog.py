@@ -1,0 +1,17 @@
+"""What the tokenizers component offers by name; nothing here imports torch."""
+
+COMMANDS = {
+    "tokenize": {
+        "target": "worldloom_tokenizers.cli:tokenize",
+        "summary": "Encode, decode, evaluate and train video tokenizers.",
+    },
+}
+
+TOKENIZERS = {
+    "loom-cv-nano": {
+        "target": "worldloom_tokenizers.checkpoint:load",
+        "summary": "Continuous causal autoencoder, 4x8x8, 16 channels; small enough for a CPU.",
+        "path": "weights/loom-cv-nano",
+        "sha256": "",
+    },
+}

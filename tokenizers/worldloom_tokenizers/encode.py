@@ -1,0 +1,145 @@
+"""From a dataset of clips to a dataset of latents: what world models train on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from worldloom import media, shards
+from worldloom.errors import WorldloomError
+from worldloom.protocols import VideoTokenizer
+from worldloom.schema import Clip, clip_id
+
+
+@dataclass(frozen=True)
+class EncodeSummary:
+    """What became of a dataset's clips."""
+
+    windows: int
+    """Windows encoded; each is one sample."""
+    clips: int
+    """Clips that gave at least one."""
+    short: int
+    """Clips with fewer frames than a window, left out."""
+
+
+def windows(frames: int, length: int, stride: int) -> Iterator[int]:
+    """First frames of the windows of ``length`` that fit into ``frames``."""
+    yield from range(0, frames - length + 1, stride)
+
+
+def window_of(clip: Clip, start: int, length: int, size: tuple[int, int]) -> Clip:
+    """Frames ``[start, start + length)`` of a clip as a clip of its own; the parent's id stays in its metadata."""
+    first = clip.start + start
+    return replace(
+        clip,
+        id=clip.id if (start, length) == (0, clip.frames) else clip_id(clip.source_digest, first, first + length),
+        start=first,
+        end=first + length,
+        height=size[0],
+        width=size[1],
+        metadata={**clip.metadata, "parent": clip.id},
+    )
+
+
+@torch.no_grad()
+def encode_dataset(
+    root: str | Path,
+    tokenizer: VideoTokenizer,
+    out: str | Path,
+    *,
+    name: str = "tokenizer",
+    frames: int = 33,
+    stride: int | None = None,
+    size: tuple[int, int] = (64, 64),
+    batch_size: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+) -> EncodeSummary:
+    """Encode every window of every clip; a dataset of kind ``latents`` is committed in ``out``.
+
+    Done already (same clips, tokenizer, windows and size): nothing is computed again.
+
+    Args:
+        root: dataset of clips.
+        name: the tokenizer's name, for the record; its fingerprint is recorded with it.
+        frames: length T of a window, 1 + temporal_ratio * k.
+        stride: distance of windows; None for windows that do not overlap.
+        size: (height, width) that clips are cropped and resized to, multiples of the tokenizer's spatial ratio.
+        progress: called with (clips done, clips in all).
+
+    Raises:
+        WorldloomError: lengths or sizes that the tokenizer cannot take, a dataset without a long enough clip.
+    """
+    ratio, edge = tokenizer.temporal_ratio, tokenizer.spatial_ratio
+    if frames < 1 + ratio or (frames - 1) % ratio:
+        raise WorldloomError(
+            f"a window has 1 + {ratio}k frames", got=frames, do=f"use {max(frames // ratio, 1) * ratio + 1}"
+        )
+    if size[0] % edge or size[1] % edge:
+        raise WorldloomError(f"height and width must be multiples of {edge}", got=size)
+    stride = stride or frames
+    dataset = shards.open_dataset(root)
+    if dataset.index.kind != "clips":
+        raise WorldloomError("this dataset holds latents already", got=str(root), do="give the dataset of clips")
+    out = Path(out)
+    fingerprint = tokenizer.fingerprint
+    config = {"frames": frames, "stride": stride, "size": list(size), "tokenizer": name, "fingerprint": fingerprint}
+    done = _done(out, dataset.index.id, config)
+    if done is not None:
+        return done
+
+    device = next(iter(getattr(tokenizer, "parameters", lambda: iter(()))()), torch.zeros(())).device
+    counts = {"windows": 0, "clips": 0, "short": 0}
+    with shards.ShardWriter(out, kind="latents") as writer:
+        for done_clips, sample in enumerate(dataset, start=1):
+            assert sample.video is not None
+            pixels = media.read_frames(sample.video, size=size)
+            starts = list(windows(len(pixels), frames, stride))
+            counts["clips" if starts else "short"] += 1
+            for chunk in range(0, len(starts), batch_size):
+                batch = starts[chunk : chunk + batch_size]
+                video = media.to_tensor(np.stack([pixels[s : s + frames] for s in batch])).to(device)
+                latents = tokenizer.encode(video).to("cpu", torch.float16).numpy()
+                for start, one in zip(batch, latents, strict=True):
+                    arrays = {"latents": one}
+                    for key in ("actions", "rewards"):
+                        if key in sample.arrays:
+                            arrays[key] = sample.arrays[key][start : start + frames - 1]
+                    writer.write(shards.ShardSample(window_of(sample.clip, start, frames, size), None, arrays))
+                    counts["windows"] += 1
+            if progress is not None:
+                progress(done_clips, len(dataset))
+        if not counts["windows"]:
+            raise WorldloomError(
+                "no clip is long enough for a window",
+                got=f"{counts['short']} clips, all under {frames} frames",
+                do="set a shorter window (frames), or curate longer clips",
+            )
+        refs = writer.close()
+    shards.commit_dataset(
+        out,
+        refs,
+        kind="latents",
+        tokenizer={"name": name, "fingerprint": fingerprint, "temporal_ratio": ratio, "spatial_ratio": edge},
+        metadata={**dataset.index.metadata, "encode": config, "source": dataset.index.id, "counts": counts},
+        inputs=[dataset.index.id, f"tokenizer:{name}@{fingerprint}"],
+        config=config,
+    )
+    return EncodeSummary(**counts)
+
+
+def _done(out: Path, source: str, config: dict) -> EncodeSummary | None:
+    """What an earlier run committed in ``out``, if it is exactly this one's result."""
+    try:
+        metadata = json.loads((out / "dataset.json").read_text())["metadata"]
+    except (OSError, ValueError, KeyError):
+        return None
+    if metadata.get("source") != source or metadata.get("encode") != config:
+        (out / "dataset.json").unlink()  # it names shards that are about to be replaced
+        return None
+    return EncodeSummary(**metadata["counts"])
