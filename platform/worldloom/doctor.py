@@ -59,12 +59,11 @@ _NEEDS: Mapping[str, tuple[str, ...]] = {
 }
 
 SIZES: tuple[tuple[str, float], ...] = (
-    ("nano (ours, shipped)", 6e6),
     ("Cosmos-Predict2.5 0.6B", 0.6e9),
     ("Cosmos-Predict2.5 2B", 2.0e9),
     ("Cosmos-Predict2.5 14B", 14.0e9),
 )
-"""Models of the table of what fits, with their number of parameters."""
+"""Released models of the table of what fits, with their number of parameters; shipped ones come before them."""
 
 
 @dataclass(frozen=True)
@@ -117,13 +116,15 @@ def diagnose() -> Diagnosis:
     packages = [_core(name) for name in CORE] + [_optional(name) for name in OPTIONAL]
     system, memory, accelerated = _system()
     problems: list[str] = []
-    shipped = [_model(item) for item in known(problems)]
+    shipped = known(problems)
     verbs = [_verb(name, lines[0]) for name, lines in registry.group("commands").entries.items()]
     for group in registry.GROUPS:
         problems.extend(problem for problem in registry.group(group).problems if problem not in problems)
     core_ok = all(check.state == "ok" for check in (*packages[: len(CORE)], system[0]))
-    fits = [_fit(name, parameters, accelerated) for name, parameters in SIZES]
-    return Diagnosis(code_version(), core_ok, system, packages, shipped, verbs, fits, memory, problems)
+    own = [(item.name, float(item.parameters)) for item in shipped if item.group == "models" and item.parameters]
+    fits = [_fit(name, parameters, accelerated) for name, parameters in (*own, *SIZES)]
+    models = [_model(item) for item in shipped]
+    return Diagnosis(code_version(), core_ok, system, packages, models, verbs, fits, memory, problems)
 
 
 def _core(name: str) -> Check:
@@ -219,10 +220,9 @@ def _compiler() -> Check:
 
 def _model(item: KnownModel) -> Check:
     fine = item.state in ("ok", "unchecked")
+    state = "ok" if fine else "missing" if item.state == "missing" else "broken"
     value = f"{short_count(item.parameters)} parameters, {item.state}" if fine else f"{item.state}: {item.folder}"
-    return Check(
-        item.name, "ok" if fine else "broken", value, "" if fine else "pip install --force-reinstall worldloom"
-    )
+    return Check(item.name, state, value, "" if fine else "pip install --force-reinstall worldloom")
 
 
 def _verb(name: str, entry: registry.Entry) -> Check:
@@ -306,7 +306,8 @@ def _fits(console: Any, found: Diagnosis) -> None:
     table = _table(title, "model", "parameters", "generate", "LoRA", "full training")
     for fit in found.fits:
         cells = [
-            f"{need:.2g} GiB" + ("" if need <= 0.8 * found.memory_gib else "  no")
+            f"{need:.{0 if need >= 10 else 1 if need >= 1 else 2}f} GiB"
+            + ("" if need <= 0.8 * found.memory_gib else "  no")
             for need in (fit.generate, fit.lora, fit.full)
         ]
         table.add_row(fit.model, short_count(fit.parameters), *cells)
