@@ -48,7 +48,7 @@ def commands(page: Path) -> Iterator[str]:
             text = re.sub(r"^\s*(\$ )?((\w+=\S+|\.venv/bin/|env|nohup) *)*", "", line)
             text = re.sub(r"^\.venv/bin/", "", text)
             if re.match(r"worldloom( |$)", text):
-                yield text.strip()
+                yield " ".join(re.sub(r"\s#\s.*$", "", text).split())
 
 
 def parse(line: str) -> None:
@@ -57,7 +57,7 @@ def parse(line: str) -> None:
     Raises:
         click.UsageError: an unknown verb or option, a missing or superfluous argument, a value of the wrong kind.
     """
-    words = shlex.split(line, comments=True)
+    words = shlex.split(line)
     for stop in ("|", ">", ">>", "&&", ";", "&"):
         words = words[: words.index(stop)] if stop in words else words
     command: click.Command = main
@@ -112,6 +112,27 @@ def test_a_command_in_the_documentation_parses(page: str, line: str) -> None:
 def test_a_wrong_command_would_be_caught(line: str) -> None:
     with pytest.raises(click.UsageError):
         parse(line)
+
+
+# What reads the `--set key=value` of a verb.
+SETTINGS = {
+    "curate run": "worldloom_curation.config:CurateConfig",
+    "finetune": "worldloom_finetune.config:FinetuneConfig",
+}
+SETS = [
+    (line, reader)
+    for _, line in COMMANDS
+    for verb, reader in SETTINGS.items()
+    if line.startswith(f"worldloom {verb} ") and "--set" in line
+]
+
+
+@pytest.mark.parametrize(("line", "reader"), SETS, ids=[line for line, _ in SETS])
+def test_a_setting_in_the_documentation_exists(line: str, reader: str) -> None:
+    module, _, name = reader.partition(":")
+    words = shlex.split(line)
+    overrides = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+    config.load(getattr(importlib.import_module(module), name), overrides=overrides)
 
 
 def load_toml(text: str, where: str, tmp_path: Path) -> None:
