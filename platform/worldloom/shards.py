@@ -526,6 +526,14 @@ def scan_shard(path: str | os.PathLike[str], kind: Kind = "clips") -> list[_Entr
     return entries
 
 
+def read_members(path: str | os.PathLike[str], kind: Kind = "clips") -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, members) of a tar in order, as `ShardWriter.write_members` takes them: for moving samples between tars."""
+    entries = scan_shard(path, kind)
+    with open(path, "rb") as file:
+        for entry in entries:
+            yield entry.key, {extension: entry._bytes(file, extension) for extension in entry.members}
+
+
 def _check_end(path: Path, entries: list[_Entry], size: int) -> None:
     """Python's tarfile takes a tar that stops at a header for a whole one; a whole one ends in two empty blocks."""
     last = max((offset + _round_up(n) for entry in entries for offset, n in entry.members.values()), default=0)
