@@ -77,7 +77,7 @@ def rectified_flow_loss(
             do="lower optim.lr, or check the latents for values that are not finite",
         )
     high = (level > 0.5) & (weight > 0)
-    metrics = {"loss_high_noise": float(error[high].mean())} if bool(high.any()) else {}
+    metrics = {"loss_high_noise": float(error.detach()[high].mean())} if bool(high.any()) else {}
     return loss, metrics
 
 

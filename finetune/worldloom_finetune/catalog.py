@@ -1,0 +1,25 @@
+"""What the finetune component offers by name; nothing here imports torch."""
+
+COMMANDS = {
+    "finetune": {
+        "target": "worldloom_finetune.cli:finetune",
+        "summary": "Train or fine-tune a model on a curated dataset (full or LoRA, resumable).",
+    },
+    "quickstart": {
+        "target": "worldloom_finetune.quickstart:quickstart",
+        "summary": "The whole loop on a small real dataset, on this machine.",
+    },
+}
+
+RECIPES = {
+    "world": {
+        "target": "worldloom_finetune.world:WorldJob",
+        "summary": "Action-conditioned world model on latents: rectified flow, full or LoRA.",
+        "defaults": "recipes/world.toml",
+    },
+    "tokenizer": {
+        "target": "worldloom_finetune.tokenizer:TokenizerJob",
+        "summary": "Causal video autoencoder on clips.",
+        "defaults": "recipes/tokenizer.toml",
+    },
+}

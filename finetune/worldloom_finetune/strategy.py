@@ -1,0 +1,99 @@
+"""DeepSpeed under Lightning, on GPUs as Lightning has it and on CPUs as well."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from typing import Any
+
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
+from torch import nn
+from torch.optim import Optimizer
+
+from worldloom.errors import missing_extra
+from worldloom_finetune.config import TrainerConfig
+
+
+class AnyDeviceDeepSpeed(DeepSpeedStrategy):
+    """Lightning's DeepSpeed strategy without its CUDA-only gate.
+
+    On CUDA every method is Lightning's own. On CPU three steps differ: the environment is set up as DDP does it, no
+    device index is looked up, and ``deepspeed.initialize`` gets device rank 0 (the CPU has no index).
+    """
+
+    @property
+    def _on_cuda(self) -> bool:
+        return isinstance(self.accelerator, CUDAAccelerator)
+
+    def setup_environment(self) -> None:
+        if self._on_cuda:
+            super().setup_environment()
+        else:
+            DDPStrategy.setup_environment(self)
+
+    def setup_distributed(self) -> None:
+        if self._on_cuda:
+            super().setup_distributed()
+            return
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    def _setup_model_and_optimizer(
+        self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None
+    ) -> tuple[Any, Any]:
+        if self._on_cuda:
+            return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
+        import deepspeed
+
+        engine, ds_optimizer, _, _ = deepspeed.initialize(
+            args=argparse.Namespace(device_rank=0),
+            config=self.config,
+            model=model,
+            model_parameters=[p for p in model.parameters() if p.requires_grad],  # type: ignore[arg-type]
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            dist_init_required=False,
+        )
+        return engine, ds_optimizer
+
+
+def build(config: TrainerConfig, batch_size: int, *, cpu: bool) -> Strategy | str:
+    """The Lightning strategy that `config` asks for.
+
+    Raises:
+        WorldloomError: DeepSpeed was asked for and is not installed.
+    """
+    if config.strategy == "deepspeed":
+        return _deepspeed(config, batch_size, cpu=cpu)
+    if config.strategy == "ddp" or config.devices > 1:
+        # Text and action layers take no part in a batch without text or actions.
+        return DDPStrategy(find_unused_parameters=True, process_group_backend="gloo" if cpu else None)
+    return "auto"
+
+
+def _deepspeed(config: TrainerConfig, batch_size: int, *, cpu: bool) -> AnyDeviceDeepSpeed:
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise missing_extra("deepspeed", "finetune") from error
+    if cpu and not config.compile_comm:
+        # Without this DeepSpeed compiles a C++ extension at its first start (and fails where there is no compiler);
+        # gloo does the same job.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.zero_stage >= 2:
+        # One bucket size for all machines: sums are grouped alike, so a run can be repeated elsewhere.
+        zero |= {"contiguous_gradients": True, "overlap_comm": not cpu, "reduce_scatter": True}
+    settings: dict[str, Any] = {
+        "zero_optimization": zero,
+        # torch.optim.AdamW, which compiles nothing, in place of DeepSpeed's fused one.
+        "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": batch_size,
+        "wall_clock_breakdown": False,
+    }
+    return AnyDeviceDeepSpeed(
+        config=settings, logging_level=logging.WARNING, process_group_backend="gloo" if cpu else None
+    )

@@ -1,0 +1,344 @@
+"""Recipe "world": an action-conditioned world model on latents, from scratch, fine-tuned whole, or by LoRA."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worldloom import config as configs
+from worldloom import registry
+from worldloom.artifacts import file_digest
+from worldloom.errors import WorldloomError
+from worldloom.schema import LatentBatch
+from worldloom.shards import Dataset, open_dataset
+from worldloom.weights import WEIGHTS, assign_weights, read_weights, write_weights
+from worldloom_finetune import data, lora
+from worldloom_finetune.config import FinetuneConfig
+from worldloom_finetune.export import artifact_of, rounded
+from worldloom_finetune.objectives import FlowConfig, rectified_flow_loss
+from worldloom_finetune.progress import progress
+from worldloom_model_zoo.predict.checkpoint import PredictAdapter, resize_actions
+from worldloom_model_zoo.predict.config import PredictCheckpoint, PredictConfig, TokenizerRef
+from worldloom_model_zoo.predict.model import PredictTransformer
+
+_ACTIONS = "action_embedder"  # the one module whose shape depends on the data
+_FAMILY = "worldloom_model_zoo.predict.config"
+_WINDOW = 33  # video frames of an encoded window, where nothing else is said
+_PRESETS = ("nano", "tiny", "cosmos_predict25_2b", "cosmos_predict25_14b")
+
+
+@dataclass(frozen=True)
+class WorldTraining(FinetuneConfig):
+    """Configuration of the recipe "world"."""
+
+    objective: FlowConfig = field(default_factory=FlowConfig)
+    """Noise levels and dropout of the rectified-flow loss."""
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `PredictConfig` that differ from the preset; for training from scratch."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """What training starts from."""
+
+    name: str
+    """As it was given."""
+    checkpoint: PredictCheckpoint
+    """Its configuration, fitted to the data."""
+    weights: Mapping[str, Tensor] | None
+    """Its weights, or None for a preset."""
+    sha256: str
+    """Of the weights' file; empty for a preset."""
+    action_dim: int = 0
+    """Size of its actions before it was fitted to the data."""
+
+    @property
+    def new_actions(self) -> bool:
+        """Whether the data's actions have another size, so that their embedding starts afresh."""
+        return self.weights is not None and self.action_dim != self.checkpoint.model.action_dim
+
+
+class WorldJob:
+    """See `worldloom_finetune.module.Job`."""
+
+    config_class: ClassVar[type[WorldTraining]] = WorldTraining
+    kind: ClassVar[str] = "model"
+
+    def __init__(
+        self,
+        config: WorldTraining,
+        model: PredictTransformer,
+        base: Base,
+        dataset: Dataset,
+        train: data.LatentItems,
+        val: data.LatentItems,
+    ) -> None:
+        self.config, self.model, self.base, self.dataset = config, model, base, dataset
+        self.train, self.val = train, val
+        tokenizer = dataset.index.tokenizer or {}
+        fingerprint = str(tokenizer.get("fingerprint", ""))
+        origin = base.sha256 or f"preset:{base.name}"
+        self.digests = {"dataset": dataset.index.id, "tokenizer": fingerprint, "base": origin}
+        inputs = [dataset.index.id, f"tokenizer:{tokenizer.get('name', 'tokenizer')}@{fingerprint}"]
+        if base.sha256:
+            inputs.append(artifact_of(base.sha256, "model") or f"model:{base.name}@{base.sha256}")
+        self.inputs = tuple(inputs)
+        self._tokenizer: Any = None
+
+    # -- opening --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def prepare(cls, request: Any, config: WorldTraining) -> None:
+        """Encode the clips into OUT/latents, where the dataset is not encoded yet."""
+        dataset = open_dataset(request.data)
+        if dataset.index.kind == "latents":
+            return
+        from worldloom_tokenizers import encode_dataset, load_tokenizer
+
+        settings = PredictCheckpoint() if _preset(request.model) else _settings(request.model)
+        name = request.tokenizer or settings.tokenizer.name
+        tokenizer = load_tokenizer(name)
+        out = Path(request.out) / "latents"
+        if (out / "dataset.json").is_file():
+            found = str((open_dataset(out).index.tokenizer or {}).get("fingerprint"))
+            if found != tokenizer.fingerprint:
+                raise WorldloomError(
+                    "the latents of this run were made by another tokenizer",
+                    got=f"{out}: {found[:12]}, {name}: {tokenizer.fingerprint[:12]}",
+                    do=f"remove {out} to encode again, or name the tokenizer it was made by",
+                )
+        with progress("encoding clips", quiet=request.quiet) as shown:
+            encode_dataset(
+                request.data,
+                tokenizer,
+                out,
+                name=name,
+                frames=config.data.frames or _WINDOW,
+                stride=config.data.stride or None,
+                size=config.data.size or (settings.height, settings.width),
+                progress=shown,
+            )
+
+    @classmethod
+    def open(cls, request: Any, config: WorldTraining) -> WorldJob:
+        """Model and data of a run.
+
+        Raises:
+            WorldloomError: no latents, a model that does not fit them, or an unknown model.
+        """
+        dataset = open_dataset(request.data)
+        if dataset.index.kind == "clips":
+            dataset = open_dataset(Path(request.out) / "latents")
+        ratio, channels, shortest = _facts(dataset)
+        base = open_base(request.model, config, dataset, ratio, channels)
+        model = build(base)
+        if config.lora.rank:
+            if base.weights is None:
+                raise WorldloomError(
+                    "LoRA adapts a trained model, and a preset has no weights",
+                    got=request.model,
+                    do="give a checkpoint as --model, or set lora.rank = 0",
+                )
+            lora.inject(model, config.lora, [_ACTIONS] if base.new_actions else [])
+        frames = data.window_length(config.data.frames, ratio, shortest, "a sample of the dataset")
+        groups = [str(clip.metadata.get("parent", clip.id)) for clip in dataset.clips()]
+        train, val = data.split(groups, config.data.val_fraction)
+        hold = sum(ref.bytes for ref in dataset.index.shards) < config.data.memory_gb * 1e9
+        return cls(
+            config,
+            model,
+            base,
+            dataset,
+            data.LatentItems(dataset.load, train, frames, ratio, hold=hold),
+            data.LatentItems(dataset.load, val, frames, ratio, hold=hold),
+        )
+
+    # -- training -------------------------------------------------------------------------------------------------
+
+    def loss(self, batch: LatentBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """Rectified-flow loss of a batch of latents."""
+        return rectified_flow_loss(self.model, batch, self.config.objective, generator)
+
+    def sample(self) -> np.ndarray | None:
+        """Held-out clips (decoded latents) above what the model makes of their beginning and their actions."""
+        from worldloom import media
+        from worldloom_model_zoo.predict.pipeline import PredictPipeline
+
+        items = self.val if len(self.val) else self.train
+        batch = items.collate([items.item(0, i) for i in range(min(2, len(items)))])
+        tokenizer = self._load_tokenizer()
+        pipeline = PredictPipeline(self.model, tokenizer, self.base.checkpoint)
+        truth = tokenizer.decode(batch.latents)
+        known = truth[:, :, : min(self.base.checkpoint.sampler.context_frames, 1 + tokenizer.temporal_ratio)]
+        made = pipeline.generate_video(known, batch.actions, frames=truth.shape[2], seed=0)
+        rows = [frames for pair in zip(media.to_frames(truth), media.to_frames(made), strict=True) for frames in pair]
+        return media.contact_sheet(rows, every=max(1, truth.shape[2] // 12))
+
+    def _load_tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            from worldloom_tokenizers import load_tokenizer
+
+            reference = self.dataset.index.tokenizer or {}
+            self._tokenizer = load_tokenizer(str(reference["name"]))
+        return self._tokenizer
+
+    # -- the result -----------------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Nothing remains to be measured."""
+
+    def figures(self) -> dict[str, float]:
+        """Quality is what `worldloom eval` measures; training adds its losses."""
+        return {}
+
+    def export(self, folder: Path) -> str:
+        """Write a checkpoint, or an adapter with a reference to its base; returns the weights' file name."""
+        checkpoint = self.base.checkpoint
+        if self.config.lora.rank:
+            lora.save_adapter(self.model, folder, self.base.name)
+            base = str(Path(self.base.name).absolute()) if Path(self.base.name).is_dir() else self.base.name
+            adapter = PredictAdapter(base=base, base_sha256=self.base.sha256, checkpoint=checkpoint)
+            configs.save(adapter, folder / "config.toml")
+            return lora.WEIGHTS
+        write_weights(rounded(self.model, self.config), folder)
+        configs.save(checkpoint, folder / "config.toml")
+        return WEIGHTS
+
+    def describe(self) -> str:
+        """First paragraph of the model card."""
+        config = self.base.checkpoint
+        what = (
+            f"A LoRA adapter (rank {self.config.lora.rank}) of `{self.base.name}`"
+            if self.config.lora.rank
+            else (f"A world model of {lora.count(self.model)[1]:,} parameters")
+        )
+        actions = f"actions of {config.model.action_dim} numbers per frame" if config.model.action_dim else "no actions"
+        return (
+            f"{what}, family `{config.family}`: it continues video of {config.width}x{config.height} pixels at "
+            f"{config.fps:g} frames per second, with {actions}, in the latents of `{config.tokenizer.name}`."
+        )
+
+
+def open_base(name: str, config: WorldTraining, dataset: Dataset, ratio: int, channels: int) -> Base:
+    """Resolve `name`, a preset (``predict/nano``), a catalog name or a folder, and fit its configuration to the data.
+
+    Raises:
+        WorldloomError: nothing of that name, or a model for other latents.
+    """
+    index = dataset.index
+    reference = index.tokenizer or {}
+    preset, old_actions = _preset(name), 0
+    if preset:
+        made: PredictConfig = getattr(importlib.import_module(_FAMILY), preset)()
+        given = dataclasses.asdict(made) | {
+            "latent_channels": channels,
+            "actions_per_latent": ratio,
+            "action_dim": index.action_dim,
+            **config.model,
+        }
+        model = configs.load(PredictConfig, base=given)
+        checkpoint, weights, sha256 = PredictCheckpoint(model=model), None, ""
+    else:
+        if config.model:
+            raise WorldloomError("[model] is for training from scratch", got=dict(config.model), do="remove it")
+        folder, expected = find_checkpoint(name)
+        weights = read_weights(folder, expected)
+        checkpoint = configs.load(PredictCheckpoint, folder / "config.toml")
+        sha256 = file_digest(folder / WEIGHTS)
+        model, old_actions = checkpoint.model, checkpoint.model.action_dim
+        if index.action_dim and index.action_dim != model.action_dim:
+            model = dataclasses.replace(model, action_dim=index.action_dim)
+        _check_tokenizer(name, checkpoint.tokenizer, reference)
+    if (model.latent_channels, model.actions_per_latent) != (channels, ratio):
+        raise WorldloomError(
+            "the model is for other latents",
+            got=f"data: {channels} channels, {ratio} frames each; {name}: {model.latent_channels}, "
+            f"{model.actions_per_latent}",
+            do="encode the clips with the model's own tokenizer",
+        )
+    checkpoint = dataclasses.replace(
+        checkpoint,
+        model=model,
+        tokenizer=TokenizerRef(
+            str(reference.get("name") or checkpoint.tokenizer.name), str(reference.get("fingerprint", ""))
+        ),
+    )
+    if index.size is not None:
+        checkpoint = dataclasses.replace(checkpoint, height=index.size[0], width=index.size[1])
+    if index.fps is not None:
+        checkpoint = dataclasses.replace(checkpoint, fps=float(index.fps))
+    names = index.metadata.get("action_names")
+    if names:
+        checkpoint = dataclasses.replace(checkpoint, action_names=tuple(str(n) for n in names))
+    return Base(name, checkpoint, weights, sha256, old_actions)
+
+
+def find_checkpoint(name: str) -> tuple[Path, str]:
+    """Folder and expected sha256 ("" where none is recorded) of a catalog name or a folder.
+
+    Raises:
+        WorldloomError: neither, or a folder that holds an adapter.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if (path / lora.WEIGHTS).is_file():
+            raise WorldloomError("this folder holds an adapter", got=name, do="give its base model as --model")
+        return path, ""
+    if "/" in name:
+        raise WorldloomError(
+            "there is no such checkpoint folder or preset",
+            got=name,
+            do=f"presets: {', '.join(f'predict/{p}' for p in _PRESETS)}; models: {', '.join(registry.names('models'))}",
+        )
+    entry = registry.entry("models", name)
+    assert entry.folder is not None, f"catalog line of {name} has no path"
+    return Path(entry.folder), str(entry.meta.get("sha256", ""))
+
+
+def build(base: Base) -> PredictTransformer:
+    """The base model; where the data changed the size of an action, its action embedder is new."""
+    wanted = base.checkpoint.model
+    if base.weights is None:
+        return PredictTransformer(wanted)
+    model = PredictTransformer(dataclasses.replace(wanted, action_dim=base.action_dim))
+    assign_weights(model, base.weights, Path(base.name))
+    return resize_actions(model, wanted.action_dim)
+
+
+def _preset(name: str) -> str:
+    """The preset that `name` means, or ""."""
+    family, _, preset = name.partition("/")
+    return preset if family == "predict" and preset in _PRESETS and not Path(name).is_dir() else ""
+
+
+def _settings(name: str) -> PredictCheckpoint:
+    folder, _ = find_checkpoint(name)
+    return configs.load(PredictCheckpoint, folder / "config.toml")
+
+
+def _check_tokenizer(name: str, wanted: TokenizerRef, found: Mapping[str, Any]) -> None:
+    fingerprint = str(found.get("fingerprint", ""))
+    if wanted.fingerprint and fingerprint and wanted.fingerprint != fingerprint:
+        raise WorldloomError(
+            f"the latents were made by another tokenizer than the one {name} was trained with",
+            got=f"latents: {found.get('name')} {fingerprint[:12]}, model: {wanted.name} {wanted.fingerprint[:12]}",
+            do=f"encode the clips with {wanted.name}: give the clips as --data and leave --tokenizer out",
+        )
+
+
+def _facts(dataset: Dataset) -> tuple[int, int, int]:
+    """(video frames per latent frame, latent channels, latent frames of the shortest sample)."""
+    first = dataset.load(0)
+    channels, t = first.arrays["latents"].shape[:2]
+    reference = dataset.index.tokenizer or {}
+    ratio = int(reference.get("temporal_ratio") or (round((first.clip.frames - 1) / (t - 1)) if t > 1 else 4))
+    shortest = min(1 + (clip.frames - 1) // ratio for clip in dataset.clips())
+    return ratio, channels, shortest
