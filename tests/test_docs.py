@@ -58,6 +58,7 @@ def parse(line: str) -> None:
         click.UsageError: an unknown verb or option, a missing or superfluous argument, a value of the wrong kind.
     """
     words = shlex.split(line)
+    assert words[:1] == ["worldloom"], line
     for stop in ("|", ">", ">>", "&&", ";", "&"):
         words = words[: words.index(stop)] if stop in words else words
     command: click.Command = main
@@ -83,7 +84,11 @@ def parse(line: str) -> None:
         command, context = found, click.Context(found, info_name=name, parent=context)
 
 
-COMMANDS = sorted({(page.relative_to(ROOT).as_posix(), line) for page in PAGES for line in commands(page)})
+EXAMPLES = sorted((ROOT / "examples").rglob("*.toml"))
+COMMANDS = sorted(
+    {(page.relative_to(ROOT).as_posix(), line) for page in PAGES for line in commands(page)}
+    | {(path.name, path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")) for path in EXAMPLES}
+)
 
 
 def test_the_pages_hold_commands() -> None:
@@ -104,7 +109,7 @@ def test_a_command_in_the_documentation_parses(page: str, line: str) -> None:
     [
         "worldloom curat run videos",
         "worldloom curate run videos --out data --no-such-option",
-        "worldloom curate run",
+        "worldloom curate record --episodes 3 --out data",
         "worldloom lineage a b",
         "worldloom curate record --env CartPole-v1 --episodes many --out data",
     ],
@@ -153,7 +158,7 @@ def test_toml_in_the_documentation_loads(page: str, body: str, tmp_path: Path) -
     load_toml(body, page, tmp_path)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.toml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_an_example_config_loads(path: Path, tmp_path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert CONFIG.search(text), f"{path} must say what reads it: a line '# config: module:Class'"
