@@ -1,0 +1,74 @@
+"""The config of `worldloom curate run`: which stages, in which order, and a table for each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from worldloom import config as configs
+from worldloom import registry
+from worldloom.errors import WorldloomError
+from worldloom_curation.stage import Stage
+from worldloom_curation.stages.caption import CaptionConfig
+from worldloom_curation.stages.duplicates import DuplicatesConfig
+from worldloom_curation.stages.motion import MotionConfig
+from worldloom_curation.stages.probe import ProbeConfig
+from worldloom_curation.stages.split import SplitConfig
+from worldloom_curation.stages.write import WriteConfig
+
+
+@dataclass(frozen=True)
+class CurateConfig:
+    """Everything that decides what `curate run` writes."""
+
+    stages: tuple[str, ...] = ("split", "motion", "duplicates", "caption")
+    """The stages between probe and write, in order; each has a table of its name."""
+    workers: int = 1
+    """Processes that decode and encode. The result does not depend on it."""
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    """Which sources are taken."""
+    split: SplitConfig = field(default_factory=SplitConfig)
+    """Where clips begin and end."""
+    motion: MotionConfig = field(default_factory=MotionConfig)
+    """How much must move."""
+    duplicates: DuplicatesConfig = field(default_factory=DuplicatesConfig)
+    """Exact duplicates."""
+    caption: CaptionConfig = field(default_factory=CaptionConfig)
+    """Captions of recorded episodes."""
+    write: WriteConfig = field(default_factory=WriteConfig)
+    """How clips are stored."""
+
+    def __post_init__(self) -> None:
+        if not self.stages or self.stages[0] != "split" or len(set(self.stages)) != len(self.stages):
+            raise WorldloomError(
+                "stages must begin with split and name each stage once",
+                got=list(self.stages),
+                do='for example: stages = ["split", "motion", "duplicates", "caption"]',
+            )
+        if self.workers < 1:
+            raise WorldloomError("workers must be at least 1", got=self.workers)
+
+
+def config_class() -> type[CurateConfig]:
+    """`CurateConfig` with a table for every installed stage that is not one of ours."""
+    known = {item.name for item in dataclasses.fields(CurateConfig)}
+    extra = [name for name in registry.names("stages") if name not in known]
+    if not extra:
+        return CurateConfig
+    fields = []
+    for name in extra:
+        cls = registry.load("stages", name).Config
+        fields.append((name, cls, field(default_factory=cls)))
+    return dataclasses.make_dataclass("CurateConfig", fields, bases=(CurateConfig,), frozen=True)
+
+
+def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> CurateConfig:
+    """The effective config of a TOML file and ``a.b=1`` overrides; see `worldloom.config.load`."""
+    return configs.load(config_class(), path, overrides)
+
+
+def build_stages(config: CurateConfig) -> list[Stage]:
+    """One object for each name in ``config.stages``."""
+    return [registry.load("stages", name)(getattr(config, name)) for name in config.stages]

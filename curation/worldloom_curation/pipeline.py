@@ -1,0 +1,439 @@
+"""`curate run`: sources -> probe -> scan -> the stages -> write, with a ledger row for every decision.
+
+What depends on pixels (headers, what observers collect, encoded clips) and what is decided from it are cached apart,
+each under the digest of exactly what it depends on (see `cache`), so a run that was killed goes on where it was, and a
+run with one changed threshold decides again without decoding. What is written holds neither time nor run: equal input
+and config give equal bytes, however often the run was interrupted and however many workers it had.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from worldloom import config as configs
+from worldloom.artifacts import Store, atomic_write
+from worldloom.errors import WorldloomError
+from worldloom.schema import Clip, Decision, ShardRef
+from worldloom.shards import ShardSample, ShardWriter, commit_dataset
+from worldloom_curation.cache import Cache, key_of
+from worldloom_curation.config import CurateConfig
+from worldloom_curation.executor import run_all
+from worldloom_curation.ledger import NAME, accounts, save_ledger
+from worldloom_curation.scan import Plan, Scan, clip_key, encode_source, plan, prepare, scan_source, signals_key
+from worldloom_curation.sources import discover, load_episode
+from worldloom_curation.stage import Source, Span, Stage, Verdict
+from worldloom_curation.stages import probe, write
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Progress = Callable[[str, int, int, str], None]
+"""Called with (what is done, how many are finished, of how many, the last one's name)."""
+
+
+@dataclass
+class Work:
+    """How much of a stage was taken from the cache, and how much was done now."""
+
+    cached: int = 0
+    computed: int = 0
+    copied: int = 0
+    """Recorded episodes that were taken as they are."""
+
+    def add(self, cached: bool, count: int = 1) -> None:
+        """Count `count` items."""
+        if cached:
+            self.cached += count
+        else:
+            self.computed += count
+
+
+@dataclass
+class Run:
+    """One run in progress: what every step needs, and what the steps have found."""
+
+    out: Path
+    config: CurateConfig
+    stages: list[Stage]
+    cache: Cache
+    job: Plan
+    progress: Progress
+    work: dict[str, Work] = field(default_factory=dict[str, Work])
+    rows: dict[tuple[str, int], list[Decision]] = field(default_factory=dict[tuple[str, int], "list[Decision]"])
+    """Ledger rows by (source, position of the stage)."""
+
+    def note(self, position: int, stage: str, verdict: Verdict, failed: bool = False) -> None:
+        """Add a ledger row."""
+        span = verdict.span
+        self.rows.setdefault((span.source.name, position), []).append(
+            Decision(
+                clip_id=span.id,
+                source=span.source.name,
+                start=span.start,
+                end=span.end,
+                stage=stage,
+                kept=verdict.kept,
+                measure=verdict.measure,
+                value=verdict.value,
+                threshold=verdict.threshold,
+                reason=verdict.reason,
+                failed=failed,
+            )
+        )
+
+    def ledger(self, sources: Sequence[Source]) -> list[Decision]:
+        """All rows: by source, then by stage, then by span."""
+        positions = range(len(self.stages) + 2)
+        return [
+            row for source in sources for position in positions for row in self.rows.get((source.name, position), [])
+        ]
+
+
+def run(
+    src: str | Path,
+    out: str | Path,
+    config: CurateConfig | None = None,
+    *,
+    progress: Progress = lambda *_: None,
+    store: Store | None = None,
+) -> dict[str, Any]:
+    """Curate `src` into the dataset folder `out`, or bring that folder up to date.
+
+    Args:
+        src: a folder, a video file, or a dataset folder made by the recorder.
+        out: gets ``shards/``, ``dataset.json``, ``ledger.parquet``, ``config.toml`` and, last, ``summary.json``.
+        config: None for the defaults.
+        progress: told what is going on.
+        store: where the dataset is recorded; None for the default store.
+
+    Returns:
+        The summary. Its ``work`` says for every step how much was cached and how much was computed.
+
+    Raises:
+        WorldloomError: nothing to curate, nothing kept (the ledger is written and says why), or another run is at work
+            in `out`. A bad source does not raise: it is a row of the ledger.
+    """
+    config = config or CurateConfig()
+    out = Path(out)
+    if Path(src).resolve() == out.resolve():
+        raise WorldloomError("the output folder is the source folder", got=out, do="give another --out")
+    sources, inputs = discover(src, out)
+    cache = Cache(out / ".cache")
+    job = plan(config, cache)
+    config, stages = prepare(job.config)
+    with _alone(out):
+        this = Run(out, config, stages, cache, job, progress)
+        scans = _scan(this, sources)
+        spans = _probe_verdicts(this, sources, scans)
+        for position, stage in enumerate(stages, start=1):
+            spans = _decide(this, position, stage, spans)
+        sizes = {
+            source.name: write.stored_size(scan.header.height, scan.header.width, source.recorded, config.write)
+            for source, scan in zip(sources, scans, strict=True)
+            if scan.frames
+        }
+        frames = {source.name: scan.frames for source, scan in zip(sources, scans, strict=True)}
+        failures = _encode(this, spans, sizes, frames)
+        shards = _pack_shards(this, spans, sizes, frames, failures)
+        return _commit(this, src, sources, inputs, shards, store)
+
+
+def _scan(this: Run, sources: Sequence[Source]) -> list[Scan]:
+    """Probe and measure every source that can be opened; equal content is looked at once."""
+    todo = list({source.key: source for source in sources if not source.error}.values())
+    jobs = [(source, this.job) for source in todo]
+    done = run_all(
+        scan_source, jobs, this.config.workers, lambda n, i: this.progress("scan", n, len(todo), todo[i].name)
+    )
+    by_key = {source.key: scan for source, scan in zip(todo, done, strict=True)}
+    for scan in done:
+        this.work.setdefault("probe", Work()).add(not scan.probed)
+        if scan.frames or scan.error:
+            this.work.setdefault("scan", Work()).add(not scan.measured)
+    return [Scan(probe.Header(error=source.error)) if source.error else by_key[source.key] for source in sources]
+
+
+def _probe_verdicts(this: Run, sources: Sequence[Source], scans: Sequence[Scan]) -> list[Span]:
+    """Ledger rows of the sources themselves; returns a span over every usable one."""
+    spans: list[Span] = []
+    for source, scan in zip(sources, scans, strict=True):
+        header = scan.header
+        whole = Span(source, 0, scan.frames or header.frames, header.fps)
+        small = probe.too_small(header, this.config.probe)
+        if header.error:
+            this.note(0, "probe", Verdict(whole, False, reason=header.error), failed=True)
+        elif small:
+            this.note(0, "probe", Verdict(whole, False, **small))
+        elif not scan.frames or "over the limit" in scan.error:
+            this.note(0, "probe", Verdict(whole, False, reason=scan.error or "no frame decodes"), failed=True)
+        else:
+            about = f"{header.codec} {header.width}x{header.height}, {header.fps:.4g} fps, {scan.frames} frames"
+            if header.frames > scan.frames:
+                about += f" (the header promises {header.frames})"
+            side = float(min(header.width, header.height))
+            this.note(0, "probe", Verdict(whole, True, "short side", side, float(this.config.probe.min_side), about))
+            if scan.error:
+                broken = replace(whole, start=scan.frames, end=scan.frames)
+                this.note(
+                    0, "probe", Verdict(broken, False, reason=f"decoding stopped here: {scan.error}"), failed=True
+                )
+            spans.append(whole)
+    return spans
+
+
+def _decide(this: Run, position: int, stage: Stage, spans: Sequence[Span]) -> list[Span]:
+    """One stage over all spans, from its cached verdicts where input, config and code are the same."""
+    work = this.work.setdefault(stage.name, Work())
+    batches: list[list[Span]] = [list(spans)] if stage.scope == "run" and spans else []
+    if stage.scope == "source":
+        by_source: dict[str, list[Span]] = {}
+        for span in spans:
+            by_source.setdefault(span.source.name, []).append(span)
+        batches = list(by_source.values())
+    kept: list[Span] = []
+    for number, batch in enumerate(batches, start=1):
+        described = [[span.source.name, span.source.key, *_describe(span)] for span in batch]
+        key = key_of(
+            "verdicts", stage.name, stage.version, asdict(stage.config), described, signals_key(stage, batch[0].source)
+        )
+        sources = {span.source.name: span.source for span in batch}
+        known = this.cache.load("verdicts", key)
+        if known is None:
+            verdicts = stage.decide(batch, _Signals(this.cache, stage, batch))
+            this.cache.save("verdicts", key, [_pack(verdict) for verdict in verdicts])
+        else:
+            verdicts = [_unpack(row, sources) for row in known]
+        work.add(known is not None, len(batch))
+        for verdict in verdicts:
+            this.note(position, stage.name, verdict)
+        kept += [verdict.span for verdict in verdicts if verdict.kept]
+        this.progress(stage.name, number, len(batches), "")
+    return kept
+
+
+class _Signals(Mapping[str, "Mapping[str, np.ndarray]"]):
+    """What a stage's observer collected, by source key; read from the cache when asked for, one source at a time."""
+
+    def __init__(self, cache: Cache, stage: Stage, spans: Sequence[Span]) -> None:
+        self._cache, self._stage = cache, stage
+        self._sources = {span.source.key: span.source for span in spans}
+        self._last: tuple[str, Mapping[str, np.ndarray]] = ("", {})
+
+    def __getitem__(self, key: str) -> Mapping[str, np.ndarray]:
+        if self._last[0] != key:
+            signals = self._cache.load_signals(self._stage.name, signals_key(self._stage, self._sources[key]))
+            if signals is None:
+                raise KeyError(key)
+            self._last = (key, signals)
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+
+def _describe(span: Span) -> list[Any]:
+    return [span.start, span.end, span.fps, span.step, span.caption, dict(span.notes)]
+
+
+def _pack(verdict: Verdict) -> list[Any]:
+    return [
+        verdict.span.source.name,
+        _describe(verdict.span),
+        [verdict.kept, verdict.measure, verdict.value, verdict.threshold, verdict.reason],
+    ]
+
+
+def _unpack(row: list[Any], sources: Mapping[str, Source]) -> Verdict:
+    name, span, decision = row
+    return Verdict(Span(sources[name], *span), *decision)
+
+
+def _copied(span: Span, frames: int) -> bool:
+    """Whether the clip is a recorded episode as it is."""
+    return span.source.recorded and (span.start, span.end, span.step) == (0, frames, 1)
+
+
+def _encode(
+    this: Run, spans: Sequence[Span], sizes: Mapping[str, tuple[int, int]], frames: Mapping[str, int]
+) -> dict[str, str]:
+    """Encode the clips that are not cached, source by source; returns source key -> why its encoding stopped."""
+    jobs: dict[str, tuple[Source, list[Span], tuple[int, int], Plan]] = {}
+    asked: set[str] = set()
+    work = this.work.setdefault("write", Work())
+    for span in spans:
+        if _copied(span, frames[span.source.name]):
+            work.copied += 1
+            continue
+        size = sizes[span.source.name]
+        key = clip_key(span, size, this.config.write)
+        if key in asked:  # a copy of a file, with duplicates allowed
+            continue
+        asked.add(key)
+        found = this.cache.path("clips", key, ".mp4").exists()
+        work.add(found)
+        if not found:
+            jobs.setdefault(span.source.key, (span.source, [], size, this.job))[1].append(span)
+    todo = list(jobs.values())
+    errors = run_all(
+        encode_source, todo, this.config.workers, lambda n, i: this.progress("write", n, len(todo), todo[i][0].name)
+    )
+    return {key: error for key, error in zip(jobs, errors, strict=True) if error}
+
+
+def _pack_shards(
+    this: Run,
+    spans: Sequence[Span],
+    sizes: Mapping[str, tuple[int, int]],
+    frames: Mapping[str, int],
+    failures: Mapping[str, str],
+) -> list[ShardRef]:
+    """Write the clips, in order, into shards beside the old ones, and the last rows of the ledger."""
+    position, staging = len(this.stages) + 1, this.out / ".cache" / "next"
+    shutil.rmtree(staging, ignore_errors=True)
+    written: dict[str, str] = {}
+    action_dims: dict[int, str] = {}
+    config = this.config.write
+    with ShardWriter(staging, samples_per_shard=config.samples_per_shard, max_bytes=config.max_shard_bytes) as writer:
+        episode: tuple[str, ShardSample | None] = ("", None)
+        for number, span in enumerate(spans, start=1):
+            name = span.source.name
+            if span.id in written:
+                reason = f"clip {span.id} is already written, from {written[span.id]}"
+                this.note(position, "write", Verdict(span, False, "earlier copies", 1.0, 1.0, reason))
+                continue
+            if span.source.recorded and episode[0] != name:
+                episode = (name, load_episode(span.source))
+            recorded = episode[1] if span.source.recorded else None
+            try:
+                sample = _sample(this, span, sizes[name], frames[name], recorded)
+            except FileNotFoundError:
+                error = failures.get(span.source.key, "the clip was not encoded")
+                this.note(position, "write", Verdict(span, False, reason=error), failed=True)
+                continue
+            except WorldloomError as error:
+                this.note(position, "write", Verdict(span, False, reason=probe.sentence(error)), failed=True)
+                continue
+            action_dims.setdefault(sample.clip.action_dim, name)
+            if len(action_dims) > 1:
+                (one, first), (other, second) = action_dims.items()
+                raise WorldloomError(
+                    "the clips of one dataset must have one action size",
+                    got=f"{one} in {first}, {other} in {second}",
+                    do="curate the folders one at a time, each with its own --out",
+                )
+            writer.write(sample)
+            written[span.id] = name
+            clip = sample.clip
+            this.note(
+                position, "write", Verdict(span, True, reason=f"{span.frames} frames, {clip.width}x{clip.height}")
+            )
+            this.progress("pack", number, len(spans), name)
+        return writer.close()
+
+
+def _sample(this: Run, span: Span, size: tuple[int, int], frames: int, episode: ShardSample | None) -> ShardSample:
+    """The shard sample of a span: its encoded clip, and its part of the episode's arrays."""
+    if episode is not None and _copied(span, frames):
+        video = episode.video
+    else:
+        video = this.cache.path("clips", clip_key(span, size, this.config.write), ".mp4").read_bytes()
+    arrays = write.cut_arrays(episode.arrays, span, frames) if episode is not None else {}
+    facts = {name: value for name, value in span.source.facts.items() if name != "caption"}
+    clip = Clip(
+        id=span.id,
+        source=span.source.name,
+        source_digest=span.source.digest,
+        start=span.source.offset + span.start,
+        end=span.source.offset + span.end,
+        fps=span.fps / span.step,
+        width=size[1],
+        height=size[0],
+        caption=span.caption,
+        action_dim=int(arrays["actions"].shape[1]) if "actions" in arrays else 0,
+        metadata={**facts, **span.notes, **({"step": span.step} if span.step > 1 else {})},
+    )
+    return ShardSample(clip, video, arrays)
+
+
+def _commit(
+    this: Run,
+    src: str | Path,
+    sources: Sequence[Source],
+    inputs: Sequence[str],
+    shards: Sequence[ShardRef],
+    store: Store | None,
+) -> dict[str, Any]:
+    """Put the new results in the place of the old. In between there is no dataset.json: half-new never looks whole."""
+    out, rows = this.out, this.ledger(sources)
+    for name in ("summary.json", "dataset.json"):
+        (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / "shards", ignore_errors=True)
+    if shards:
+        (out / ".cache" / "next" / "shards").replace(out / "shards")
+    save_ledger(rows, out / NAME)
+    configs.save(this.config, out / "config.toml")
+    summary = _summary(this, src, rows)
+    if not shards:
+        raise WorldloomError(
+            "no clip was kept",
+            got=f"{len(sources)} sources: " + _tally(summary),
+            do=f"worldloom curate explain FILE --out {out} says why",
+        )
+    settings = {key: value for key, value in configs.to_dict(this.config).items() if key != "workers"}
+    index = commit_dataset(
+        out, shards, inputs=inputs, config=settings, metadata={"source": str(Path(src).absolute())}, store=store
+    )
+    summary = {"dataset": index.id, **summary}
+    atomic_write(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def _summary(this: Run, src: str | Path, rows: Sequence[Decision]) -> dict[str, Any]:
+    every = accounts(rows)
+    stages = ["probe", *(stage.name for stage in this.stages), "write"]
+    return {
+        "source": str(src),
+        "out": str(this.out),
+        "sources": len(every),
+        "clips": sum(row.stage == "write" and row.kept for row in rows),
+        "dropped": {
+            stage: sum(row.stage == stage and not row.kept and not row.failed for row in rows) for stage in stages
+        },
+        "failed": sum(row.failed for row in rows),
+        "frames": {
+            what: sum(getattr(account, what) for account in every.values())
+            for what in ("frames", "kept", "dropped", "failed")
+        },
+        "work": {name: asdict(work) for name, work in this.work.items()},
+    }
+
+
+def _tally(summary: Mapping[str, Any]) -> str:
+    parts = [f"{count} dropped by {stage}" for stage, count in summary["dropped"].items() if count]
+    return ", ".join([*parts, f"{summary['failed']} failed"] if summary["failed"] else parts)
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold the output folder; the operating system lets go of it when the process ends, however it ends."""
+    (out / ".cache").mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows: no lock, and so no protection
+        yield
+        return
+    with open(out / ".cache" / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise WorldloomError("another run is at work in this folder", got=out, do="wait for it to end") from None
+        yield

@@ -1,0 +1,131 @@
+"""What a curation stage is.
+
+A source (one video file, or one recorded episode) is decoded once, from its first frame to its last. Every stage may
+put an `Observer` into that pass; what the observers collected (per-frame numbers, never frames) is cached. After it,
+each stage turns spans into verdicts with `decide`, a pure function of the spans, the collected numbers and its config.
+So a changed threshold asks for new verdicts and not for a new decoding.
+
+A third party's stage is one class with this shape and one line in a catalog (entry point group ``worldloom.stages``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+from worldloom.schema import clip_id
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Signals = Mapping[str, np.ndarray]
+    """What an observer collected over a whole source: named arrays, as a rule one row per frame."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One video: a file, or an episode of a recorded dataset."""
+
+    name: str
+    """Path relative to the curated folder, with ``/``; an episode adds ``#<its clip id>``."""
+    path: str
+    """The file; for an episode, the dataset folder."""
+    digest: str
+    """sha256 (hex) of the video's bytes; half of every clip id."""
+    key: str
+    """sha256 (hex) of everything a result can depend on: the video, and an episode's arrays and facts."""
+    index: int | None = None
+    """Position of the episode in its dataset; None for a file."""
+    offset: int = 0
+    """Frame of the original source that is frame 0 here; an episode that was itself cut from something has one."""
+    facts: Mapping[str, Any] = field(default_factory=dict[str, Any], compare=False)
+    """What the recorder wrote about an episode (environment, action names, ...); empty for a file."""
+    actions: np.ndarray | None = field(default=None, compare=False)
+    """An episode's actions ``(T-1, a)``."""
+    error: str = ""
+    """Why it cannot even be opened; empty as a rule."""
+
+    @property
+    def recorded(self) -> bool:
+        """True for an episode: it has actions, and its pixels are exact."""
+        return self.index is not None
+
+
+@dataclass(frozen=True)
+class Span:
+    """Frames ``[start, end)`` of a source, every `step`-th of them, on their way to becoming a clip."""
+
+    source: Source
+    start: int
+    end: int
+    fps: float
+    """Frames per second of the source."""
+    step: int = 1
+    """Every how many frames the clip takes one."""
+    caption: str = ""
+    """Text for the clip, once a stage gave one."""
+    notes: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Facts that stages found (JSON-serialisable); stored in the clip's metadata."""
+
+    @property
+    def id(self) -> str:
+        """`worldloom.schema.clip_id` of the span."""
+        return clip_id(self.source.digest, self.source.offset + self.start, self.source.offset + self.end)
+
+    @property
+    def frames(self) -> int:
+        """Frames of the clip: those of the span that `step` takes."""
+        return -(-(self.end - self.start) // self.step)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a stage decided about one span; becomes a row of the ledger."""
+
+    span: Span
+    kept: bool
+    measure: str = ""
+    """What was measured."""
+    value: float | None = None
+    threshold: float | None = None
+    reason: str = ""
+    """One sentence for a person."""
+
+
+class Observer(Protocol):
+    """Watches one source being decoded. Holds numbers about frames, not the frames: a source may be hours long."""
+
+    def add(self, frame: np.ndarray) -> None:
+        """The next frame, uint8 ``(h, w, 3)`` RGB at the source's size; must not be changed."""
+        ...
+
+    def result(self) -> dict[str, np.ndarray]:
+        """What was collected; called once, after the last frame."""
+        ...
+
+
+@runtime_checkable
+class Stage(Protocol):
+    """One step of the pipeline. Built as ``StageClass(config)``; the class attribute ``Config`` is its config class."""
+
+    name: str
+    """The name in ``stages = [...]``, of its config table, and in the ledger."""
+    version: int
+    """Raise it whenever the code would give another result for the same input: it invalidates cached results."""
+    scope: Literal["source", "run"]
+    """``source``: `decide` sees the spans of one source. ``run``: the spans of all sources, in order."""
+    config: Any
+    measured_with: tuple[str, ...]
+    """Names of the config fields that the observer depends on; all others are free to change without decoding."""
+
+    def observer(self, source: Source, fps: float) -> Observer | None:
+        """What this stage collects from a source; None for nothing."""
+        ...
+
+    def decide(self, spans: Sequence[Span], signals: Mapping[str, Signals]) -> list[Verdict]:
+        """Verdicts in order; pure. `signals` maps a source's `key` to what the observer collected there.
+
+        The spans of the verdicts must cover the frames of the spans given, so that the ledger accounts for every frame.
+        """
+        ...

@@ -1,0 +1,208 @@
+"""Split: cut a source into spans, at shot boundaries or at a fixed length.
+
+Shots: PySceneDetect's `AdaptiveDetector` scores every small frame (mean change of hue, saturation and brightness
+against the frame before: ``content_val``) and holds the score against the average of its neighbours. We let it score,
+keep the scores, and apply its two thresholds to them ourselves, so that other thresholds need no new decoding.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from worldloom.errors import WorldloomError, missing_extra
+from worldloom_curation.stage import Observer, Source, Span, Verdict
+
+if TYPE_CHECKING:
+    from worldloom_curation.stage import Signals
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """Where clips begin and end. Lengths are those of the clips, after thinning to `fps`."""
+
+    mode: Literal["shots", "fixed", "whole"] = "shots"
+    """Videos: at shot boundaries, at a fixed length (`max_frames`), or not at all."""
+    recorded: Literal["whole", "fixed"] = "whole"
+    """Recorded episodes: kept whole, or cut at a fixed length (`max_frames`)."""
+    min_frames: int = 17
+    """Shortest clip, in frames."""
+    min_seconds: float = 0.0
+    """Shortest clip, in seconds; the stricter of the two holds."""
+    max_frames: int = 300
+    """Longest clip, in frames; a longer shot is cut into even pieces."""
+    max_seconds: float = 10.0
+    """Longest clip, in seconds; the stricter of the two holds. Recorded episodes and fixed cuts go by frames alone."""
+    fps: float = 0.0
+    """Thin videos to about this rate by taking every k-th frame, k = round(source / fps); 0 keeps every frame."""
+    frames_multiple: int = 1
+    """Clip lengths are 1 + k * this (4 suits a tokenizer with temporal ratio 4); 1 allows any length."""
+    adaptive_threshold: float = 3.0
+    """A cut changes this many times more than the frames around it (PySceneDetect's adaptive ratio)."""
+    min_content: float = 15.0
+    """A cut changes at least this much (PySceneDetect's content_val, 0 to 255)."""
+    window: int = 2
+    """Frames on each side that a cut is compared with."""
+    scan_side: int = 144
+    """Short side of the frames that are scored, in pixels."""
+
+    def __post_init__(self) -> None:
+        for name in ("min_frames", "max_frames", "frames_multiple", "window", "scan_side"):
+            if getattr(self, name) < 1:
+                raise WorldloomError(f"split.{name} must be at least 1", got=getattr(self, name))
+        if self.fps < 0 or self.max_seconds <= 0:
+            raise WorldloomError("split.fps must not be negative, and split.max_seconds must be positive")
+        if self.min_frames > self.max_frames:
+            raise WorldloomError(
+                "split.min_frames is larger than split.max_frames", got=f"{self.min_frames} > {self.max_frames}"
+            )
+
+
+class ContentScores:
+    """Collects ``content_val`` per frame (float32; 0 for the first), by PySceneDetect on small frames."""
+
+    def __init__(self, side: int, fps: float) -> None:
+        try:
+            import cv2
+            from scenedetect import FrameTimecode, StatsManager
+            from scenedetect.detectors import AdaptiveDetector
+        except ImportError as error:
+            raise missing_extra(str(error.name), "curation") from error
+        self._cv2, self._timecode, self._side, self._fps = cv2, FrameTimecode, side, fps
+        self._stats = StatsManager()
+        # The thresholds do not matter here; the edge kernel is the cheapest, for edges have no weight in the score.
+        self._detector = AdaptiveDetector(kernel_size=3)
+        self._detector.stats_manager = self._stats
+        self._scores: list[float] = []
+
+    def add(self, frame: np.ndarray) -> None:
+        height, width = frame.shape[:2]
+        scale = self._side / min(height, width)
+        if scale < 1:
+            size = (max(1, round(width * scale)), max(1, round(height * scale)))
+            frame = self._cv2.resize(frame, size, interpolation=self._cv2.INTER_AREA)
+        at = self._timecode(len(self._scores), fps=self._fps)
+        self._detector.process_frame(at, self._cv2.cvtColor(frame, self._cv2.COLOR_RGB2BGR))
+        known = self._stats.metrics_exist(at, ["content_val"])
+        self._scores.append(float(self._stats.get_metrics(at, ["content_val"])[0]) if known else 0.0)
+
+    def result(self) -> dict[str, np.ndarray]:
+        return {"content": np.asarray(self._scores, np.float32)}
+
+
+def adaptive_ratio(content: np.ndarray, window: int, min_content: float) -> np.ndarray:
+    """Score over the mean score of `window` frames on each side, at most 255; 0 where the window does not fit.
+
+    PySceneDetect's AdaptiveDetector: where the neighbours do not change at all, the ratio is 255 if the score itself
+    reaches `min_content`. ``(t,) -> (t,)``.
+    """
+    content = content.astype(np.float64)
+    ratio = np.zeros_like(content)
+    # Scores begin at frame 1 (frame 0 has no predecessor), but the detector does hold frame 0's zero in its window.
+    for i in range(window, len(content) - window):
+        around = (content[i - window : i].sum() + content[i + 1 : i + 1 + window].sum()) / (2 * window)
+        if around >= 1e-5:
+            ratio[i] = min(content[i] / around, 255.0)
+        elif content[i] >= min_content:
+            ratio[i] = 255.0
+    return ratio
+
+
+def find_cuts(content: np.ndarray, config: SplitConfig) -> list[int]:
+    """The frames at which a new shot begins, as AdaptiveDetector finds them with no minimum scene length.
+
+    Two cuts close together leave a sliver of a shot, which is dropped as too short; joined to a neighbour it would put
+    a cut inside a clip.
+    """
+    ratio = adaptive_ratio(content, config.window, config.min_content)
+    found = (ratio >= config.adaptive_threshold) & (content >= config.min_content)
+    return [int(i) for i in np.flatnonzero(found)]
+
+
+class SplitStage:
+    """Turns the one span of a whole source into shots; the verdicts cover every frame of it exactly once."""
+
+    name = "split"
+    version = 1
+    scope: Literal["source", "run"] = "source"
+    measured_with = ("scan_side",)
+    Config = SplitConfig
+
+    def __init__(self, config: SplitConfig) -> None:
+        self.config = config
+
+    def observer(self, source: Source, fps: float) -> Observer | None:
+        return ContentScores(self.config.scan_side, fps) if self._mode(source) == "shots" else None
+
+    def decide(self, spans: Sequence[Span], signals: Mapping[str, Signals]) -> list[Verdict]:
+        verdicts: list[Verdict] = []
+        for span in spans:
+            if self._mode(span.source) != "shots":
+                verdicts += self._pieces(span, span.start, span.end, "")
+                continue
+            content = signals[span.source.key]["content"]
+            edges = [span.start, *(cut for cut in find_cuts(content, self.config) if cut > span.start), span.end]
+            for start, end in itertools.pairwise(edges):
+                at_cut = f"from a cut (change {content[start]:.1f})" if start > span.start else "from the first frame"
+                verdicts += self._pieces(span, start, end, at_cut)
+        return verdicts
+
+    def _mode(self, source: Source) -> str:
+        return self.config.recorded if source.recorded else self.config.mode
+
+    def _pieces(self, span: Span, start: int, end: int, at_cut: str) -> list[Verdict]:
+        """Cut ``[start, end)`` into clips of an allowed length; what is left over is a dropped span of its own."""
+        mode = self._mode(span.source)
+        step = 1 if span.source.recorded or not self.config.fps else max(1, round(span.fps / self.config.fps))
+        shortest, longest = self._lengths(span.fps / step, end - start, mode)
+        verdicts: list[Verdict] = []
+        at = start
+        while at < end:
+            left = -(-(end - at) // step)
+            count = min(left, longest)
+            if mode == "shots" and left > longest:
+                even = -(-left // -(-left // longest))  # even pieces rather than full ones and a stub
+                count = even if self._trim(even) >= shortest else longest
+            count = self._trim(count)
+            if count < shortest:
+                break
+            stop = at + (count - 1) * step + 1
+            stop = end if end - stop < step else stop  # thinning skips the last few frames: they belong to the clip
+            what = "recorded episode" if span.source.recorded else "shot" if mode == "shots" else "video"
+            if (at, stop) == (start, end):
+                reason = f"{count} frames: {what} {at_cut}" if at_cut else f"{count} frames: the whole {what}"
+            else:
+                reason = f"{count} frames: part of a {what}"
+            kept = replace(span, start=at, end=stop, step=step)
+            verdicts.append(Verdict(kept, True, "frames", float(count), float(shortest), reason))
+            at = stop
+        if at < end:
+            rest = replace(span, start=at, end=end, step=step)
+            if rest.frames >= shortest:
+                reason = (
+                    f"{rest.frames} frames cannot be 1 + k * {self.config.frames_multiple} frames, at least {shortest}"
+                )
+            elif verdicts:
+                reason = f"{rest.frames} frames left over, fewer than {shortest}"
+            else:
+                reason = f"{rest.frames} frames, fewer than {shortest}"
+            verdicts.append(Verdict(rest, False, "frames", float(rest.frames), float(shortest), reason))
+        return verdicts
+
+    def _lengths(self, fps: float, frames: int, mode: str) -> tuple[int, int]:
+        """Shortest and longest clip in frames; the longest is of the form 1 + k * `frames_multiple`."""
+        shortest = max(self.config.min_frames, math.ceil(self.config.min_seconds * fps))
+        if mode == "whole":
+            return shortest, frames
+        longest = self.config.max_frames
+        if mode == "shots":
+            longest = min(longest, int(self.config.max_seconds * fps))
+        return shortest, max(self._trim(longest), shortest) if longest >= 1 else shortest
+
+    def _trim(self, frames: int) -> int:
+        return 1 + (frames - 1) // self.config.frames_multiple * self.config.frames_multiple

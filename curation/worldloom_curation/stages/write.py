@@ -1,0 +1,127 @@
+"""Write: encode every kept span, once, and cut an episode's arrays to it.
+
+Videos become H.264 at most `short_side` pixels high or wide. Recorded episodes stay exact: kept whole, their bytes are
+copied; cut, they are encoded again without loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from worldloom.errors import WorldloomError
+
+if TYPE_CHECKING:
+    from worldloom.media import Limits
+    from worldloom_curation.stage import Span
+
+VERSION = 1
+
+PER_STEP = frozenset({"actions", "rewards"})
+"""Arrays with a row for every step from one frame to the next: T-1 rows for T frames. All others have T."""
+
+
+@dataclass(frozen=True)
+class WriteConfig:
+    """How clips are stored."""
+
+    short_side: int = 256
+    """Videos: clips are shrunk to this many pixels on the short side (never enlarged); 0 keeps the size."""
+    crf: int = 18
+    """Videos: x264's quality, 0 (best) to 51."""
+    samples_per_shard: int = 256
+    """Clips in one tar file."""
+    max_shard_bytes: int = 1 << 30
+    """Bytes in one tar file, about."""
+
+    def __post_init__(self) -> None:
+        if self.short_side and self.short_side < 16:
+            raise WorldloomError("write.short_side must be 0 or at least 16", got=self.short_side)
+        if not 0 <= self.crf <= 51:
+            raise WorldloomError("write.crf must be between 0 and 51", got=self.crf)
+        if self.samples_per_shard < 1 or self.max_shard_bytes < 1:
+            raise WorldloomError("write.samples_per_shard and write.max_shard_bytes must be at least 1")
+
+
+def stored_size(height: int, width: int, recorded: bool, config: WriteConfig) -> tuple[int, int]:
+    """``(h, w)`` of the stored clip. Videos get even sides, which every player wants of H.264."""
+    if recorded:
+        return height, width
+    scale = min(1.0, config.short_side / min(height, width)) if config.short_side else 1.0
+    return _even(height * scale), _even(width * scale)
+
+
+def _even(side: float) -> int:
+    return max(2, round(side / 2) * 2)
+
+
+def encode_spans(
+    video: str | bytes,
+    spans: Sequence[Span],
+    size: tuple[int, int],
+    config: WriteConfig,
+    save: Callable[[Span, bytes], None],
+    limits: Limits,
+) -> None:
+    """Encode spans of one source in a single pass over it, one frame in memory at a time.
+
+    Args:
+        spans: in order, not overlapping.
+        save: called with each span and its mp4.
+
+    Raises:
+        WorldloomError: the source ends before a span does.
+    """
+    from worldloom import media
+
+    at = spans[0].start
+    frames = media.iter_frames(video, start=at, end=spans[-1].end, size=size, limits=limits)
+    for span in spans:
+        assert span.start >= at, "spans must be in order"
+        _skip(frames, span.start - at)
+        encoded = media.write_video(
+            None, _every(frames, span), span.fps / span.step, lossless=span.source.recorded, crf=config.crf
+        )
+        assert encoded is not None
+        save(span, encoded)
+        at = span.end
+
+
+def _skip(frames: Iterator[np.ndarray], count: int) -> None:
+    for _ in islice(frames, count):
+        pass
+
+
+def _every(frames: Iterator[np.ndarray], span: Span) -> Iterator[np.ndarray]:
+    """The frames of a span that its step takes; reads exactly the span's frames off the iterator."""
+    for i in range(span.end - span.start):
+        frame = next(frames, None)
+        if frame is None:
+            raise WorldloomError(f"the source ended at frame {span.start + i}, before the end of the span")
+        if i % span.step == 0:
+            yield frame
+
+
+def cut_arrays(arrays: Mapping[str, np.ndarray], span: Span, frames: int) -> dict[str, np.ndarray]:
+    """The rows of an episode's arrays that belong to a span: T frames carry T-1 actions.
+
+    Args:
+        frames: of the whole episode.
+
+    Raises:
+        WorldloomError: an array does not have a row for every frame (or step) of the episode.
+    """
+    cut: dict[str, Any] = {}
+    for name, array in arrays.items():
+        rows = frames - 1 if name in PER_STEP else frames
+        if len(array) != rows:
+            raise WorldloomError(
+                f"the {name} of the episode do not fit its video", got=f"{len(array)} rows for {frames} frames"
+            )
+        end = span.end - 1 if name in PER_STEP else span.end
+        cut[name] = np.ascontiguousarray(array[span.start : end])
+    return cut
