@@ -25,6 +25,7 @@ def test_a_component_folder_holds_one_package_and_no_module(folder: str, package
     assert not list((ROOT / folder).glob("*.py")), "a module here would shadow others when the root is on sys.path"
     assert [init.parent.name for init in (ROOT / folder).glob("*/__init__.py")] == [package]
     assert (ROOT / folder / package / "py.typed").exists()
+    assert (ROOT / folder / "README.md").exists(), "it says what the component is for"
 
 
 @pytest.mark.parametrize(
@@ -73,3 +74,8 @@ def test_no_module_is_a_drawer_for_everything() -> None:
     modules = [path for folder in COMPONENTS for path in (ROOT / folder).rglob("*.py")]
     assert modules
     assert not [path for path in modules if path.stem in {"utils", "util", "helpers", "common", "misc"}]
+
+
+def test_no_test_folder_is_a_package() -> None:
+    # tests/platform/__init__.py would become `platform` wherever tests/ is on sys.path.
+    assert not list((ROOT / "tests").rglob("__init__.py"))
