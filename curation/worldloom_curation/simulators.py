@@ -74,9 +74,10 @@ class Simulator:
         entry = _entry_point(gymnasium, env_id)
         self.family = next((name for name in ("vizdoom", "ale_py", "mujoco") if name in entry.partition(":")[0]), "")
         options: dict[str, Any] = {"disable_env_checker": True}
+        self._scratch = tempfile.TemporaryDirectory(prefix="worldloom-simulator-")
+        self._started = False
         if self.family == "vizdoom":
-            # The engine writes its settings and a folder into the working directory unless told otherwise.
-            self._scratch = tempfile.TemporaryDirectory(prefix="worldloom-vizdoom-")
+            self.classes = ["wall", "floor or ceiling"]
             options |= {"doom_config_path": str(Path(self._scratch.name) / "vizdoom.ini")}
             options |= {"depth_buffer_enabled": depth, "labels_buffer_enabled": segmentation}
             options |= {"frame_skip": frame_skip} if frame_skip else {}
@@ -91,8 +92,10 @@ class Simulator:
         if self.family == "mujoco":
             _prepare_mujoco(self.packages)
         try:
-            self.env: Any = gymnasium.make(env_id, **options)
+            with self._engine_folder():
+                self.env: Any = gymnasium.make(env_id, **options)
         except Exception as error:  # any package may raise anything while it builds its world
+            self._scratch.cleanup()
             raise WorldloomError(
                 "the environment cannot be made",
                 got=f"{env_id}: {type(error).__name__}: {error}",
@@ -110,8 +113,7 @@ class Simulator:
 
     def close(self) -> None:
         self.env.close()
-        if self.family == "vizdoom":
-            self._scratch.cleanup()
+        self._scratch.cleanup()
 
     @property
     def fps(self) -> float:
@@ -128,7 +130,8 @@ class Simulator:
         """Start the episode that `seed` names; returns its first view."""
         with self._engine_folder():
             observation, _ = self.env.reset(seed=seed)
-        view = self._see(observation)
+            view = self._see(observation)
+        self._started = True
         if view is None:
             raise WorldloomError("the environment shows nothing after reset", got=f"{self.env_id}, seed {seed}")
         return view
@@ -169,8 +172,10 @@ class Simulator:
             self.depth_unit = "ViZDoom depth buffer, 0 (near) to 255 (far)"
             view.depth = np.array(observation["depth"][..., 0], np.uint8)
         if self.want_segmentation:
-            # The buffer numbers objects anew in every frame; classes by name keep their number.
+            # 0 is walls and 1 floors and ceilings; the buffer numbers objects anew in every frame, a class by its name
+            # keeps its number.
             table = np.zeros(256, np.uint8)
+            table[1] = 1
             for label in state.labels:
                 table[label.value] = self._class(label.object_name)
             view.segmentation = table[observation["labels"][..., 0]]
@@ -223,8 +228,8 @@ class Simulator:
 
     @contextlib.contextmanager
     def _engine_folder(self) -> Iterator[None]:
-        """ViZDoom makes a ``_vizdoom`` folder where it starts; let that be the scratch folder."""
-        if self.family != "vizdoom" or self.world.game.is_running():
+        """Let engines that write settings and logs into the working directory start in the scratch folder."""
+        if self.family not in ("vizdoom", "mujoco") or self._started:
             yield
             return
         before = Path.cwd()

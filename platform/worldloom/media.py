@@ -3,85 +3,39 @@
 Letters: b batch, c channels (3, RGB), t frames, h w pixels.
 Decoded frames are uint8 ``(t, h, w, c)``; float video is ``(b, c, t, h, w)`` in [-1, 1].
 
-Untrusted input: only regular local files or bytes are opened, only by the demuxers in `FORMATS` (no playlists, no image
-sequences, no concat scripts), with FFmpeg's protocols cut down to ``file`` and ``pipe``; pixels, frames, seconds and
-bytes are held against `Limits` before anything is allocated. Every decoder and encoder runs on one thread: a threaded
-PyAV decoder in the parent makes forked data loader workers hang, and a threaded encoder is not deterministic.
+Untrusted input is opened within `Limits`; see `worldloom.decoding`. Encoders run on one thread, for a threaded one is
+not deterministic.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from worldloom.decoding import (
+    DEFAULT_LIMITS,
+    Limits,
+    Reader,
+    Source,
+    VideoInfo,
+    import_av,
+    local_file,
+    over_limit,
+    rotation_of,
+    source_name,
+    to_rgb,
+)
 from worldloom.errors import WorldloomError, missing_extra
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Source = str | os.PathLike[str] | bytes
-
-FORMATS = (
-    "asf,avi,av1,dv,flv,gif,h264,hevc,ivf,m4v,matroska,webm,mjpeg,mov,mp4,m4a,3gp,3g2,mj2,"
-    "mpeg,mpegts,mpegvideo,mxf,nut,obu,ogg,rm,vc1,yuv4mpegpipe"
-)
-"""The demuxers that may open a file. Those that open other files or URLs (hls, dash, concat, sdp) are not in it."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a source may ask of this machine. Held before allocation."""
-
-    max_pixels: int = 4096 * 4096
-    """Width times height of a frame."""
-    max_frames: int = 1_000_000
-    """Frames decoded from one source."""
-    max_seconds: float = 24 * 3600.0
-    """Declared duration."""
-    max_bytes: int = 64 * 2**30
-    """Size of the file."""
-    max_array_bytes: int = 16 * 2**30
-    """Size of the array that one `read_frames` call may return."""
-
-
-DEFAULT_LIMITS = Limits()
-
-
-@dataclass(frozen=True)
-class VideoInfo:
-    """What a file holds, as shown: the size is after rotation."""
-
-    codec: str
-    """FFmpeg's name of the video codec."""
-    width: int
-    """Pixels, as displayed."""
-    height: int
-    """Pixels, as displayed."""
-    fps: float
-    """Average frame rate; of a variable rate the mean."""
-    frames: int
-    """Number of frames: counted if `exact`, else what the header says or duration times rate."""
-    duration: float
-    """Seconds."""
-    has_audio: bool
-    """Whether there is at least one audio stream."""
-    pix_fmt: str
-    """FFmpeg's name of the pixel format."""
-    container: str
-    """FFmpeg's name of the demuxer."""
-    rotation: int = 0
-    """Degrees, counter-clockwise, that the stored pixels were turned by to be shown."""
-    exact: bool = False
-    """True if `frames` was counted by decoding."""
 
 
 def probe(source: Source, limits: Limits = DEFAULT_LIMITS, *, count: bool = False) -> VideoInfo:
@@ -95,11 +49,11 @@ def probe(source: Source, limits: Limits = DEFAULT_LIMITS, *, count: bool = Fals
     Raises:
         WorldloomError: no such file, not a video, no decodable frame, or over a limit.
     """
-    with _Reader(source, limits) as reader:
+    with Reader(source, limits) as reader:
         first = next(reader.frames(), None)
         if first is None:
             raise reader.no_frame()
-        stream, width, height, rotation = reader.stream, first.width, first.height, _rotation(first)
+        stream, width, height, rotation = reader.stream, first.width, first.height, rotation_of(first)
         fps, duration = reader.fps(), reader.duration()
         frames, exact = int(stream.frames or round(duration * fps)) or 1, False
         if rotation in (90, 270):
@@ -107,7 +61,7 @@ def probe(source: Source, limits: Limits = DEFAULT_LIMITS, *, count: bool = Fals
         codec, pix_fmt = stream.codec_context.name, str(stream.codec_context.pix_fmt or first.format.name)
         has_audio, container = bool(reader.container.streams.audio), str(reader.container.format.name)
     if count:
-        with _Reader(source, limits) as reader:
+        with Reader(source, limits) as reader:
             frames, exact = sum(1 for _ in reader.frames()), True
     if duration <= 0:
         duration = frames / fps
@@ -134,14 +88,14 @@ def iter_frames(
         WorldloomError: as `probe`, or for a span that makes no sense.
     """
     _check_span(start, end, stride)
-    with _Reader(source, limits) as reader:
+    with Reader(source, limits) as reader:
         index, shape = -1, None
         for index, frame in reader.frames_from(start):
             if end is not None and index >= end:
                 return
             if index < start or (index - start) % stride:
                 continue
-            image = _to_rgb(frame)
+            image = to_rgb(frame)
             # A stream may change its size on the way; the first frame's size is the video's.
             shape = shape or image.shape[:2]
             yield fit(image[None], size or shape)[0] if image.shape[:2] != (size or shape) else image
@@ -170,14 +124,14 @@ def read_frames(
         if total > limits.max_array_bytes:
             raise WorldloomError(
                 "the frames do not fit the memory limit",
-                got=f"more than {limits.max_array_bytes / 2**30:.1f} GiB decoded from {_name(source)}",
+                got=f"more than {limits.max_array_bytes / 2**30:.1f} GiB decoded from {source_name(source)}",
                 do="read a shorter span (start, end), a smaller size, or use iter_frames",
             )
         out.append(frame)
     if not out:
         raise WorldloomError(
             "the video has no frame in that span",
-            got=f"frames [{start}, {end}) of {_name(source)}",
+            got=f"frames [{start}, {end}) of {source_name(source)}",
             do="check the span",
         )
     return np.stack(out)
@@ -204,7 +158,7 @@ def write_video(
     Raises:
         WorldloomError: no frames, another dtype or shape, a size that changes, or a rate that is not positive.
     """
-    av = _av()
+    av = import_av()
     if not fps or not math.isfinite(fps) or fps <= 0:
         raise WorldloomError("the frame rate must be a positive number", got=fps)
     if not 0 <= crf <= 51:
@@ -316,11 +270,11 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     image_module = _pillow()
     from PIL import ImageOps, UnidentifiedImageError
 
-    file = _local_file(path)
+    file = local_file(path)
     try:
         with image_module.open(file, formats=["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]) as image:
             if image.width * image.height > DEFAULT_LIMITS.max_pixels:
-                raise _over("pixels of a frame", image.width * image.height, DEFAULT_LIMITS.max_pixels, path)
+                raise over_limit("pixels of a frame", image.width * image.height, DEFAULT_LIMITS.max_pixels, path)
             return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise WorldloomError("not an image", got=f"{file}: {error}", do="give a PNG, JPEG, WebP or BMP file") from error
@@ -385,137 +339,6 @@ def contact_sheet(rows: Sequence[np.ndarray], every: int = 1, gap: int = 2) -> n
     return sheet
 
 
-class _Reader:
-    """One open source and its first video stream, decoded on one thread within limits."""
-
-    def __init__(self, source: Source, limits: Limits) -> None:
-        self.source, self.limits = source, limits
-        self.av = _av()
-        if isinstance(source, bytes | bytearray | memoryview):
-            target: Any = io.BytesIO(source)
-            size = len(source)
-        else:
-            file = _local_file(source)
-            target, size = f"file:{file}", file.stat().st_size
-        if size == 0:
-            raise WorldloomError("the file is empty", got=_name(source))
-        if size > limits.max_bytes:
-            raise _over("bytes", size, limits.max_bytes, source)
-        options = {
-            "protocol_whitelist": "file,pipe",
-            "format_whitelist": FORMATS,
-            "max_pixels": str(limits.max_pixels),
-        }
-        try:
-            self.container: Any = self.av.open(target, options=options)
-        except PermissionError as error:
-            raise WorldloomError("the file may not be read", got=_name(source), do="check its permissions") from error
-        except (self.av.FFmpegError, OSError, ValueError) as error:
-            raise WorldloomError(
-                "not a video that can be read",
-                got=f"{_name(source)}: {_reason(error)}",
-                do="check the file in a player",
-            ) from error
-        try:
-            self._check_stream()
-        except BaseException:
-            self.close()
-            raise
-
-    def _check_stream(self) -> None:
-        # A picture attached to a music file is a video stream too, of a single frame.
-        streams = [s for s in self.container.streams.video if not _attached(s)]
-        if not streams:
-            raise WorldloomError("the file has no video", got=_name(self.source), do="give a file with a video stream")
-        self.stream: Any = streams[0]
-        context = self.stream.codec_context
-        if context is None:
-            raise WorldloomError("no decoder for this video", got=_name(self.source), do="convert it to H.264")
-        self.stream.thread_type, context.thread_count = "NONE", 1
-        pixels = (context.width or 0) * (context.height or 0)
-        if pixels > self.limits.max_pixels:
-            raise _over("pixels of a frame", pixels, self.limits.max_pixels, self.source)
-        if self.duration() > self.limits.max_seconds:
-            raise _over("seconds", self.duration(), self.limits.max_seconds, self.source)
-
-    def __enter__(self) -> _Reader:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self.container.close()
-
-    def fps(self) -> float:
-        """Mean rate in frames per second; 25 where the file says nothing usable."""
-        for rate in (self.stream.average_rate, self.stream.guessed_rate, self.stream.base_rate):
-            if rate and 0 < float(rate) <= 1000:
-                return float(rate)
-        return 25.0
-
-    def duration(self) -> float:
-        """Seconds as declared; 0 where the file does not say."""
-        if self.stream.duration is not None and self.stream.time_base:
-            return max(0.0, float(self.stream.duration * self.stream.time_base))
-        return max(0.0, (self.container.duration or 0) / 1e6)
-
-    def frames(self) -> Iterator[Any]:
-        """All frames that decode, in presentation order. Damaged packets are stepped over."""
-        seen = 0
-        for packet in self._packets():
-            try:
-                frames = packet.decode()
-            except MemoryError:
-                raise
-            except (self.av.FFmpegError, OSError):
-                continue
-            for frame in frames:
-                if frame.width * frame.height > self.limits.max_pixels:
-                    raise _over("pixels of a frame", frame.width * frame.height, self.limits.max_pixels, self.source)
-                seen += 1
-                if seen > self.limits.max_frames:
-                    raise _over("frames", seen, self.limits.max_frames, self.source)
-                yield frame
-
-    def frames_from(self, start: int) -> Iterator[tuple[int, Any]]:
-        """(index, frame) pairs; the first may lie before ``start``."""
-        yield from enumerate(self.frames())
-
-    def _packets(self) -> Iterator[Any]:
-        packets = self.container.demux(self.stream)
-        while True:
-            try:
-                packet = next(packets)
-            except StopIteration:
-                return
-            except (self.av.FFmpegError, OSError):
-                # A file that was cut off: what came before still counts, and so does what the decoder holds back.
-                with contextlib.suppress(self.av.FFmpegError):
-                    yield self.av.Packet()
-                return
-            yield packet
-
-    def no_frame(self) -> WorldloomError:
-        return WorldloomError(
-            "no frame of the video decodes", got=_name(self.source), do="the file is damaged or cut off; fetch it again"
-        )
-
-
-def _attached(stream: Any) -> bool:
-    return bool(int(getattr(stream, "disposition", 0)) & 0x400)
-
-
-def _rotation(frame: Any) -> int:
-    return round(float(frame.rotation or 0) / 90) * 90 % 360
-
-
-def _to_rgb(frame: Any) -> np.ndarray:
-    image = frame.reformat(format="rgb24", threads=1).to_ndarray()
-    turns = _rotation(frame) // 90
-    return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
-
-
 def _resize_numpy(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """`resize` as two matrix products, for machines without OpenCV; within one grey level of it when shrinking."""
     rows, columns = _weights(image.shape[0], height), _weights(image.shape[1], width)
@@ -534,33 +357,10 @@ def _weights(n: int, m: int) -> np.ndarray:
     return np.maximum(1 - np.abs(centre[:, None] - np.arange(n)), 0).astype(np.float32)
 
 
-def _local_file(path: str | os.PathLike[str]) -> Path:
-    file = Path(path)
-    try:
-        if file.is_file():
-            return file.resolve()
-        kind = "is a folder" if file.is_dir() else "is not a regular file" if file.exists() else "does not exist"
-    except (OSError, ValueError) as error:
-        kind = f"cannot be looked up ({_reason(error)})"
-    raise WorldloomError(f"the file {kind}", got=file, do="give the path of a local file")
-
-
 def _write(path: str | os.PathLike[str], data: bytes) -> None:
     from worldloom.artifacts import atomic_write
 
     atomic_write(Path(path), data)
-
-
-def _name(source: Source) -> str:
-    return f"{len(source)} bytes in memory" if isinstance(source, bytes | bytearray | memoryview) else str(source)
-
-
-def _reason(error: BaseException) -> str:
-    return str(getattr(error, "strerror", None) or error)
-
-
-def _over(what: str, value: float, limit: float, source: Any) -> WorldloomError:
-    return WorldloomError(f"over the limit of {limit:g} {what}", got=f"{value:g} in {_name(source)}", do="raise Limits")
 
 
 def _check_span(start: int, end: int | None, stride: int) -> None:
@@ -580,14 +380,6 @@ def _check_frame(frame: np.ndarray, shape: tuple[int, ...]) -> None:
         raise WorldloomError(
             "frames must be uint8 (h, w, 3), all of one size", got=f"{frame.dtype} {frame.shape}, first {shape}"
         )
-
-
-def _av() -> Any:
-    try:
-        import av
-    except ImportError as error:
-        raise missing_extra("av (PyAV)", "curation") from error
-    return av
 
 
 def _pillow() -> Any:
