@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,26 +23,32 @@ from worldloom.errors import WorldloomError
 log = logging.getLogger(__name__)
 
 
+def _inline(text: str) -> list[nodes.Node]:
+    """Plain text, with what stands between backticks set as code."""
+    pieces = re.split(r"`+([^`]+)`+", " ".join(text.split()))
+    return [nodes.literal(text=piece) if i % 2 else nodes.Text(piece) for i, piece in enumerate(pieces) if piece]
+
+
 def _paragraphs(text: str) -> list[nodes.Node]:
     parts = inspect.cleandoc(text).replace("\b", "").split("\n\n")
-    return [nodes.paragraph(text=" ".join(part.split())) for part in parts if part.strip()]
+    return [nodes.paragraph("", "", *_inline(part)) for part in parts if part.strip()]
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]], widths: tuple[int, ...]) -> nodes.table:
-    """A table whose first column is set as code."""
+    """A table whose columns are set as code, all but the last, which is prose."""
     group = nodes.tgroup(cols=len(header))
     group += [nodes.colspec(colwidth=width) for width in widths]
 
     def row(cells: tuple[str, ...], *, code: bool) -> nodes.row:
         out = nodes.row()
         for i, cell in enumerate(cells):
-            text = nodes.literal(text=cell) if code and i == 0 else nodes.Text(cell)
-            out += nodes.entry("", nodes.paragraph("", "", text))
+            literal = code and i < len(cells) - 1
+            out += nodes.entry("", nodes.paragraph("", "", *([nodes.literal(text=cell)] if literal else _inline(cell))))
         return out
 
     group += nodes.thead("", row(header, code=False))
     group += nodes.tbody("", *(row(cells, code=True) for cells in rows))
-    return nodes.table("", group, classes=["colwidths-given"])
+    return nodes.table("", group, align="left", classes=["colwidths-given"])
 
 
 class CliReference(SphinxDirective):
@@ -73,7 +80,7 @@ class CliReference(SphinxDirective):
         usage = " ".join([path, *command.collect_usage_pieces(context)])
         section += nodes.literal_block(usage, usage, language="text")
         records = [parameter.get_help_record(context) for parameter in command.get_params(context)]
-        rows = [record for record in records if record is not None and not record[0].startswith("--help")]
+        rows = [record for record in records if record is not None and record[1] and "--help" not in record[0].split()]
         if rows:
             section += _table(("Option", "Meaning"), rows, (35, 65))
         return section
