@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -300,8 +301,8 @@ def test_images_round_trip(tmp_path: Path) -> None:
     np.testing.assert_array_equal(media.read_image(tmp_path / "a.png"), image)
     media.write_image(tmp_path / "a.jpg", image)
     assert psnr(media.read_image(tmp_path / "a.jpg"), image) > 30
+    (tmp_path / "b.png").write_text("hello")
     with pytest.raises(WorldloomError, match="not an image"):
-        (tmp_path / "b.png").write_text("hello")
         media.read_image(tmp_path / "b.png")
 
 
@@ -314,3 +315,21 @@ def test_gif_and_contact_sheet(tmp_path: Path) -> None:
     assert sheet.shape == (2 * 21 - 1, 3 * 31 - 1, 3)
     np.testing.assert_array_equal(sheet[:20, 31:61], frames[2])
     assert (sheet[21:, 62:] == 255).all()  # the shorter row ends in white
+
+
+@pytest.mark.slow
+def test_real_videos() -> None:
+    """Films of real cameras and encoders; WORLDLOOM_REAL_VIDEOS names a folder of them (see benchmarks/README.md)."""
+    folder = os.environ.get("WORLDLOOM_REAL_VIDEOS", "")
+    files = sorted(item for item in Path(folder).iterdir() if item.is_file()) if folder else []
+    if not files:
+        pytest.skip("WORLDLOOM_REAL_VIDEOS names no folder with videos")
+    for file in files:
+        info = media.probe(file, count=True)
+        whole = media.read_frames(file, size=(48, 64))
+        assert len(whole) == info.frames > 1, file.name
+        assert whole.std() > 5, file.name
+        for start, end in [(0, 3), (len(whole) // 2, len(whole) // 2 + 3), (len(whole) - 2, len(whole))]:
+            got = media.read_frames(file, start, end, size=(48, 64))
+            np.testing.assert_array_equal(got, whole[start:end], err_msg=f"{file.name} [{start}, {end})")
+        assert media.read_frames(file, 0, 1).shape == (1, info.height, info.width, 3)
