@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,15 +18,16 @@ from worldloom import registry
 from worldloom.artifacts import file_digest
 from worldloom.errors import WorldloomError
 from worldloom.schema import LatentBatch
-from worldloom.shards import Dataset, open_dataset
+from worldloom.shards import Dataset, DatasetIndex, ShardSample, open_dataset
 from worldloom.weights import WEIGHTS, assign_weights, read_weights, write_weights
 from worldloom_finetune import data, lora
 from worldloom_finetune.config import FinetuneConfig
 from worldloom_finetune.export import artifact_of, rounded
 from worldloom_finetune.objectives import FlowConfig, rectified_flow_loss
 from worldloom_finetune.progress import progress
-from worldloom_model_zoo.predict.checkpoint import PredictAdapter, resize_actions
+from worldloom_model_zoo.predict.checkpoint import PredictAdapter, fresh_actions
 from worldloom_model_zoo.predict.config import PredictCheckpoint, PredictConfig, TokenizerRef
+from worldloom_model_zoo.predict.inputs import align_actions
 from worldloom_model_zoo.predict.model import PredictTransformer
 
 _ACTIONS = "action_embedder"  # the one module whose shape depends on the data
@@ -59,11 +60,8 @@ class Base:
     """Of the weights' file; empty for a preset."""
     action_dim: int = 0
     """Size of its actions before it was fitted to the data."""
-
-    @property
-    def new_actions(self) -> bool:
-        """Whether the data's actions have another size, so that their embedding starts afresh."""
-        return self.weights is not None and self.action_dim != self.checkpoint.model.action_dim
+    new_actions: bool = False
+    """Whether it does not know the data's actions, so that their embedding starts afresh."""
 
 
 class WorldJob:
@@ -151,14 +149,15 @@ class WorldJob:
         frames = data.window_length(config.data.frames, ratio, shortest, "a sample of the dataset")
         groups = [str(clip.metadata.get("parent", clip.id)) for clip in dataset.clips()]
         train, val = data.split(groups, config.data.val_fraction)
+        read = aligned(dataset, base.checkpoint)
         hold = sum(ref.bytes for ref in dataset.index.shards) < config.data.memory_gb * 1e9
         return cls(
             config,
             model,
             base,
             dataset,
-            data.LatentItems(dataset.load, train, frames, ratio, hold=hold),
-            data.LatentItems(dataset.load, val, frames, ratio, hold=hold),
+            data.LatentItems(read, train, frames, ratio, hold=hold),
+            data.LatentItems(read, val, frames, ratio, hold=hold),
         )
 
     # -- training -------------------------------------------------------------------------------------------------
@@ -235,7 +234,7 @@ def open_base(name: str, config: WorldTraining, dataset: Dataset, ratio: int, ch
     """
     index = dataset.index
     reference = index.tokenizer or {}
-    preset, old_actions = _preset(name), 0
+    preset, old_actions, new_actions = _preset(name), 0, False
     if preset:
         made: PredictConfig = getattr(importlib.import_module(_FAMILY), preset)()
         given = dataclasses.asdict(made) | {
@@ -245,7 +244,7 @@ def open_base(name: str, config: WorldTraining, dataset: Dataset, ratio: int, ch
             **config.model,
         }
         model = configs.load(PredictConfig, base=given)
-        checkpoint, weights, sha256 = PredictCheckpoint(model=model), None, ""
+        checkpoint, weights, sha256 = PredictCheckpoint(model=model, action_names=_names(index)), None, ""
     else:
         if config.model:
             raise WorldloomError("[model] is for training from scratch", got=dict(config.model), do="remove it")
@@ -254,8 +253,10 @@ def open_base(name: str, config: WorldTraining, dataset: Dataset, ratio: int, ch
         checkpoint = configs.load(PredictCheckpoint, folder / "config.toml")
         sha256 = file_digest(folder / WEIGHTS)
         model, old_actions = checkpoint.model, checkpoint.model.action_dim
-        if index.action_dim and index.action_dim != model.action_dim:
+        new_actions = bool(index.action_dim) and not _understands(checkpoint, index)
+        if new_actions:
             model = dataclasses.replace(model, action_dim=index.action_dim)
+            checkpoint = dataclasses.replace(checkpoint, action_names=_names(index))
         _check_tokenizer(name, checkpoint.tokenizer, reference)
     if (model.latent_channels, model.actions_per_latent) != (channels, ratio):
         raise WorldloomError(
@@ -275,10 +276,35 @@ def open_base(name: str, config: WorldTraining, dataset: Dataset, ratio: int, ch
         checkpoint = dataclasses.replace(checkpoint, height=index.size[0], width=index.size[1])
     if index.fps is not None:
         checkpoint = dataclasses.replace(checkpoint, fps=float(index.fps))
-    names = index.metadata.get("action_names")
-    if names:
-        checkpoint = dataclasses.replace(checkpoint, action_names=tuple(str(n) for n in names))
-    return Base(name, checkpoint, weights, sha256, old_actions)
+    return Base(name, checkpoint, weights, sha256, old_actions, new_actions)
+
+
+def _names(index: DatasetIndex) -> tuple[str, ...]:
+    """What the components of the data's actions are called; () where that is not known."""
+    names = tuple(str(name) for name in index.metadata.get("action_names") or ())
+    return names if len(names) == index.action_dim else ()
+
+
+def _understands(checkpoint: PredictCheckpoint, index: DatasetIndex) -> bool:
+    """Whether a model can take the data's actions as they are, or by name in its own order."""
+    names = _names(index)
+    if names and checkpoint.action_names:
+        return set(names) <= set(checkpoint.action_names)
+    return index.action_dim == checkpoint.model.action_dim
+
+
+def aligned(dataset: Dataset, checkpoint: PredictCheckpoint) -> Callable[[int], ShardSample]:
+    """Reads samples of a dataset with their actions in the model's order: matched by name where both have names."""
+    names, wanted = _names(dataset.index), checkpoint.action_names
+
+    def read(which: int) -> ShardSample:
+        sample = dataset.load(which)
+        if "actions" in sample.arrays and names and wanted and names != wanted:
+            given = torch.from_numpy(sample.arrays["actions"])
+            sample.arrays["actions"] = align_actions(given, names, wanted, len(wanted)).numpy()
+        return sample
+
+    return read
 
 
 def find_checkpoint(name: str) -> tuple[Path, str]:
@@ -304,13 +330,13 @@ def find_checkpoint(name: str) -> tuple[Path, str]:
 
 
 def build(base: Base) -> PredictTransformer:
-    """The base model; where the data changed the size of an action, its action embedder is new."""
+    """The base model; where it does not know the data's actions, its action embedder is new."""
     wanted = base.checkpoint.model
     if base.weights is None:
         return PredictTransformer(wanted)
     model = PredictTransformer(dataclasses.replace(wanted, action_dim=base.action_dim))
     assign_weights(model, base.weights, Path(base.name))
-    return resize_actions(model, wanted.action_dim)
+    return fresh_actions(model, wanted.action_dim) if base.new_actions else model
 
 
 def _preset(name: str) -> str:

@@ -13,11 +13,11 @@ class CausalVAEConfig:
 
     latent_channels: int = 16
     """Channels of a latent vector."""
-    widths: tuple[int, int, int] = (64, 128, 192)
+    widths: tuple[int, int, int] = (48, 96, 160)
     """Channels at 1/2, 1/4 and 1/8 of the frame size."""
-    encoder_blocks: tuple[int, int, int] = (0, 2, 2)
+    encoder_blocks: tuple[int, int, int] = (0, 1, 2)
     """Residual blocks of the encoder at 1/2, 1/4 and 1/8; a 0 first means that patches of 4 pixels enter at 1/4."""
-    decoder_blocks: tuple[int, int, int] = (1, 3, 2)
+    decoder_blocks: tuple[int, int, int] = (1, 2, 2)
     """Residual blocks of the decoder at 1/2, 1/4 and 1/8."""
     temporal_ratio: int = 4
     """Frames in a latent frame, except the first, which holds one."""

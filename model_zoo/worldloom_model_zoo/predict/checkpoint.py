@@ -79,13 +79,11 @@ def base_folder(name_or_path: str) -> Path:
     return folder
 
 
-def resize_actions(model: PredictTransformer, action_dim: int) -> PredictTransformer:
-    """The same weights with a fresh action embedding for another action size; 0 takes actions out.
+def fresh_actions(model: PredictTransformer, action_dim: int) -> PredictTransformer:
+    """The same weights with a fresh embedding for other actions; size 0 takes actions out.
 
     The new embedding ends in zeros, so that the model starts out as it was under the null action.
     """
-    if action_dim == model.config.action_dim:
-        return model
     config = replace(model.config, action_dim=action_dim)
     resized = PredictTransformer(config)
     weights = {k: v for k, v in model.state_dict().items() if not k.startswith("action_embedder.")}
@@ -108,7 +106,9 @@ def _load_adapter(path: Path, device: str, tokenizer: str | Path | None, name: s
             do="give back the base checkpoint it was trained on, or train the adapter again",
         )
     pipeline = load(base, device="cpu", tokenizer=tokenizer)
-    model = resize_actions(pipeline.model, adapter.checkpoint.model.action_dim)
+    model, action_dim = pipeline.model, adapter.checkpoint.model.action_dim
+    if action_dim != model.config.action_dim:
+        model = fresh_actions(model, action_dim)
     peft_config = peft.PeftConfig.from_pretrained(str(path))
     assert isinstance(peft_config, peft.LoraConfig), f"{path} is not a LoRA adapter"
     peft_config.inference_mode = True
