@@ -49,6 +49,8 @@ class TrainState:
 
 def capture(parameters: Mapping[str, nn.Parameter], optimizer: Any) -> dict[str, dict[str, Tensor]]:
     """Full weights and moments of the trained `parameters`; every rank must call it (ZeRO gathers)."""
+    if any(_is_partitioned(p) for p in parameters.values()):
+        _link_zero_state(optimizer)
     weights: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
     for name, p in parameters.items():
@@ -133,9 +135,18 @@ def _create_zero_state(optimizer: Any, step: float) -> None:
             "exp_avg": torch.zeros_like(flat),
             "exp_avg_sq": torch.zeros_like(flat),
         }
-    link = getattr(optimizer, "_lazy_init_hp_params_optimizer_state", None)
-    if link is not None:
-        link()
+    _link_zero_state(optimizer)
+
+
+def _link_zero_state(optimizer: Any) -> None:
+    """Let every weight find its moments in ZeRO 1 and 2.
+
+    DeepSpeed links them once, inside the first step of the first parameter group, when the other groups have none yet
+    (0.19.8); so the link is made again here.
+    """
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
 
 
 # -- between a TrainState and the disk ----------------------------------------------------------------------------

@@ -102,13 +102,24 @@ class _Addressed(Dataset[Any]):
         return self.items.item(*key)
 
 
+class Packed:
+    """A batch that Lightning moves between devices as a whole, instead of taking its dataclass to pieces."""
+
+    def __init__(self, content: Any) -> None:
+        self.content = content
+
+    def to(self, *args: Any, **kwargs: Any) -> Packed:
+        """As ``Tensor.to``."""
+        return Packed(self.content.to(*args, **kwargs))
+
+
 def loader(items: Items, stream: Stream, workers: int) -> DataLoader[Any]:
     """A loader whose batch order does not depend on the number of workers."""
     return DataLoader(
         _Addressed(items),
         batch_sampler=stream,
         num_workers=workers,
-        collate_fn=items.collate,
+        collate_fn=lambda chosen: Packed(items.collate(chosen)),
         multiprocessing_context="forkserver" if workers else None,
     )
 

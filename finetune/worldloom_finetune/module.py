@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from worldloom.artifacts import atomic_write
 from worldloom_finetune import checkpointing
 from worldloom_finetune.config import FinetuneConfig, OptimConfig
-from worldloom_finetune.data import Items, noise_seed
+from worldloom_finetune.data import Items, Packed, noise_seed
 from worldloom_finetune.ema import Ema
 from worldloom_finetune.lora import trained
 
@@ -31,6 +31,12 @@ class Job(Protocol):
     model: nn.Module
     train: Items
     val: Items
+    digests: Mapping[str, str]
+    """What the result is made from, by role; a run resumes only with the same."""
+    inputs: tuple[str, ...]
+    """The same as artifact ids, for lineage."""
+    unused: bool
+    """Whether some trained weights take no part in the loss, e.g. action layers on data without actions."""
 
     def loss(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """Loss of a batch and further metrics; all randomness comes from `generator` (on the CPU)."""
@@ -78,7 +84,12 @@ class FinetuneModule(lightning.LightningModule):
         ]
         return torch.optim.AdamW([g for g in groups if g["params"]], lr=optim.lr, betas=optim.betas, fused=True)
 
-    def training_step(self, batch: Any, index: int) -> Tensor:
+    def cast(self, batch: Any) -> Any:
+        """The batch where the weights are, and in their precision (DeepSpeed's bf16 engine converts the weights)."""
+        p = next(self.model.parameters())
+        return batch.to(p.device, p.dtype)
+
+    def training_step(self, batch: Packed, index: int) -> Tensor:
         """Loss of micro-batch `index` of this process."""
         trainer = self.settings.trainer
         step, micro = self.start + index // trainer.accumulate, index % trainer.accumulate
@@ -88,17 +99,20 @@ class FinetuneModule(lightning.LightningModule):
                 group["lr"] = self.lr
         seed = noise_seed(trainer.seed, step, self.global_rank, micro)
         torch.manual_seed(seed)  # dropout
-        loss, metrics = self.job.loss(batch, torch.Generator().manual_seed(seed))
+        loss, metrics = self.job.loss(self.cast(batch.content), torch.Generator().manual_seed(seed))
         self.losses.append(loss.detach())
         for name, value in metrics.items():
             self.extra.setdefault(name, []).append(float(value))
         return loss
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Measure the gradient norm and clip (DeepSpeed does both itself)."""
-        if self.settings.trainer.strategy != "deepspeed":
+        """Measure the gradient norm and clip (ZeRO 1 to 3 do both themselves)."""
+        trainer, parameters = self.settings.trainer, trained(self.model).values()
+        if trainer.strategy != "deepspeed":
             limit = self.settings.optim.grad_clip or math.inf
-            self.grad_norm = torch.nn.utils.clip_grad_norm_(trained(self.model).values(), limit)
+            self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        elif trainer.zero_stage == 0:  # which clips, but does not say what the norm was
+            self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 @dataclass
@@ -168,7 +182,7 @@ class Recorder(lightning.Callback):
         if self.ema is not None:
             self.ema.update()
         norm: Any = module.grad_norm
-        if settings.strategy == "deepspeed":
+        if settings.strategy == "deepspeed" and settings.zero_stage:
             norm = trainer.strategy.deepspeed_engine.get_global_grad_norm() or 0.0
         extra = {name: sum(values) / len(values) for name, values in module.extra.items()}
         self.pending.append((step, torch.stack(module.losses).mean(), extra, module.lr, norm))
@@ -216,7 +230,7 @@ class Recorder(lightning.Callback):
             total = 0.0
             for i, batch in enumerate(self.batches):
                 generator = torch.Generator().manual_seed(noise_seed(self._trainer.seed, 2**31, i))
-                total += float(self.module.job.loss(batch.to(self.module.device), generator)[0])
+                total += float(self.module.job.loss(self.module.cast(batch), generator)[0])
         model.train(was)
         return total / len(self.batches)
 

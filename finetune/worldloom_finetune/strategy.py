@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from typing import Any
 
 from lightning.fabric.utilities.seed import reset_seed
@@ -60,8 +61,12 @@ class AnyDeviceDeepSpeed(DeepSpeedStrategy):
         return engine, ds_optimizer
 
 
-def build(config: TrainerConfig, batch_size: int, *, cpu: bool) -> Strategy | str:
+def build(config: TrainerConfig, batch_size: int, *, cpu: bool, unused: bool = False) -> Strategy | str:
     """The Lightning strategy that `config` asks for.
+
+    Args:
+        cpu: train on the CPU.
+        unused: some trained weights take no part in the loss (DDP must be told; ZeRO copes).
 
     Raises:
         WorldloomError: DeepSpeed was asked for and is not installed.
@@ -69,12 +74,13 @@ def build(config: TrainerConfig, batch_size: int, *, cpu: bool) -> Strategy | st
     if config.strategy == "deepspeed":
         return _deepspeed(config, batch_size, cpu=cpu)
     if config.strategy == "ddp" or config.devices > 1:
-        # Text and action layers take no part in a batch without text or actions.
-        return DDPStrategy(find_unused_parameters=True, process_group_backend="gloo" if cpu else None)
+        return DDPStrategy(find_unused_parameters=unused, process_group_backend="gloo" if cpu else None)
     return "auto"
 
 
 def _deepspeed(config: TrainerConfig, batch_size: int, *, cpu: bool) -> AnyDeviceDeepSpeed:
+    if cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it looks for each accelerator it knows, and says so
     try:
         import deepspeed
     except ImportError as error:

@@ -50,6 +50,7 @@ class TokenizerJob:
     ) -> None:
         self.config, self.model, self.train, self.val = config, model, train, val
         self.digests, self.inputs = digests, inputs
+        self.unused = False
 
     @classmethod
     def prepare(cls, request: Any, config: TokenizerTraining) -> None:

@@ -100,11 +100,27 @@ def fit(request: Request, config: FinetuneConfig) -> None:
             got=f"{world} processes, trainer.devices = {config.trainer.devices}",
             do=f"add --devices {world}",
         )
+    _check(config)
     out = Path(request.out)
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(_threads(config.trainer))
     with _lock(out) if rank == 0 else contextlib.nullcontext(), _kept_environment():
         _Run(request, config, rank, world, out).go()
+
+
+def _check(config: FinetuneConfig) -> None:
+    """Refuse settings that exclude each other.
+
+    Raises:
+        WorldloomError: naming them.
+    """
+    settings = config.trainer
+    if settings.strategy == "deepspeed" and settings.zero_stage == 3 and config.ema.decay:
+        raise WorldloomError(
+            "ZeRO-3 keeps no whole weight anywhere, so there is nothing to average",
+            got=f"ema.decay = {config.ema.decay}",
+            do="set ema.decay = 0, or use ZeRO 2",
+        )
 
 
 class _Run:
@@ -211,7 +227,7 @@ class _Run:
             trainer = lightning.Trainer(
                 accelerator=accelerator(settings),
                 devices=self.world,
-                strategy=strategy.build(settings, config.data.batch_size, cpu=cpu),
+                strategy=strategy.build(settings, config.data.batch_size, cpu=cpu, unused=job.unused),
                 plugins=[LightningEnvironment()] if self.world > 1 or deepspeed else None,
                 precision="32-true" if settings.precision == "32" else "bf16-mixed",
                 accumulate_grad_batches=settings.accumulate,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,6 +90,8 @@ class WorldJob:
         if base.sha256:
             inputs.append(artifact_of(base.sha256, "model") or f"model:{base.name}@{base.sha256}")
         self.inputs = tuple(inputs)
+        model_config = base.checkpoint.model
+        self.unused = bool(model_config.context_dim) or bool(model_config.action_dim and not dataset.index.action_dim)
         self._tokenizer: Any = None
 
     # -- opening --------------------------------------------------------------------------------------------------
@@ -174,6 +177,8 @@ class WorldJob:
         items = self.val if len(self.val) else self.train
         batch = items.collate([items.item(0, i) for i in range(min(2, len(items)))])
         tokenizer = self._load_tokenizer()
+        if tokenizer is None:
+            return None
         pipeline = PredictPipeline(self.model, tokenizer, self.base.checkpoint)
         truth = tokenizer.decode(batch.latents)
         known = truth[:, :, : min(self.base.checkpoint.sampler.context_frames, 1 + tokenizer.temporal_ratio)]
@@ -185,8 +190,11 @@ class WorldJob:
         if self._tokenizer is None:
             from worldloom_tokenizers import load_tokenizer
 
-            reference = self.dataset.index.tokenizer or {}
-            self._tokenizer = load_tokenizer(str(reference["name"]))
+            name = self.base.checkpoint.tokenizer.name
+            try:
+                self._tokenizer = load_tokenizer(name)
+            except WorldloomError as error:  # latents can be trained on where their tokenizer is not
+                print(f"no samples: {error.what}: {name}", file=sys.stderr)
         return self._tokenizer
 
     # -- the result -----------------------------------------------------------------------------------------------
