@@ -73,7 +73,7 @@ def rectified_flow_loss(
     if not torch.isfinite(loss):
         raise WorldloomError(
             "the training loss is not finite",
-            got=float(loss),
+            got=loss.item(),
             do="lower optim.lr, or check the latents for values that are not finite",
         )
     high = (level > 0.5) & (weight > 0)
@@ -105,6 +105,6 @@ def tokenizer_loss(
     mse = error.square().mean()
     loss = config.l1 * error.abs().mean() + config.l2 * mse + config.latent_penalty * raw.square().mean()
     if not torch.isfinite(loss):
-        raise WorldloomError("the training loss is not finite", got=float(loss), do="lower optim.lr")
+        raise WorldloomError("the training loss is not finite", got=loss.item(), do="lower optim.lr")
     psnr = 10 * torch.log10(4 / mse.detach().clamp_min(1e-12))  # peak-to-peak is 2
     return loss, {"psnr": float(psnr), "latent_rms": float(raw.detach().square().mean().sqrt())}

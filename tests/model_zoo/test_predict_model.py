@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from worldloom import WorldloomError
 from worldloom_model_zoo.predict.config import PredictConfig, cosmos_predict25_2b, tiny
 from worldloom_model_zoo.predict.model import KVCache, PredictTransformer

@@ -1,0 +1,112 @@
+"""Objectives: what is trained is what sampling meets, and equal generators give equal losses."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from worldloom import LatentBatch, WorldloomError
+from worldloom_finetune.objectives import (
+    FlowConfig,
+    ReconstructionConfig,
+    noise_levels,
+    rectified_flow_loss,
+    tokenizer_loss,
+)
+from worldloom_model_zoo.predict.config import tiny
+from worldloom_model_zoo.predict.model import PredictTransformer
+from worldloom_tokenizers.causal_vae import CausalVAE
+from worldloom_tokenizers.config import CausalVAEConfig
+
+
+class Oracle(torch.nn.Module):
+    """Knows the clean latents, so it can name the velocity exactly; counts the null actions it was given."""
+
+    def __init__(self, clean: torch.Tensor, bias: float = 0.0) -> None:
+        super().__init__()
+        self.clean, self.bias = clean, bias
+        self.kept: list[bool] = []
+
+    def forward(self, x, level, actions, text, *, action_mask):
+        self.kept += action_mask.tolist()
+        level = level[:, None, :, None, None]
+        return (x - self.clean) / level.clamp_min(1e-3) + self.bias  # x = clean + level (noise - clean)
+
+
+def batch(b: int = 4, t: int = 5) -> LatentBatch:
+    generator = torch.Generator().manual_seed(3)
+    latents = torch.randn(b, 16, t, 4, 4, generator=generator)
+    return LatentBatch(latents, torch.randn(b, 4 * (t - 1), 2, generator=generator), None, ("a",) * b)
+
+
+@settings(deadline=None, max_examples=40)
+@given(t=st.integers(1, 9), seed=st.integers(0, 2**31), mode=st.sampled_from(["prefix", "independent", "mixed"]))
+def test_noise_levels(t: int, seed: int, mode: str) -> None:
+    config = FlowConfig(context=mode, context_noise=0.1)
+    level, weight = noise_levels(16, t, config, torch.Generator().manual_seed(seed))
+    assert level.shape == weight.shape == (16, t)
+    assert ((level >= 0) & (level <= 1)).all()
+    assert (weight.sum(dim=1) >= 1).all()  # something is always learnt
+    clean = weight == 0
+    assert (level[clean] <= 0.1).all()
+    assert (clean.int().diff(dim=1) <= 0).all()  # context is a prefix
+    if mode == "prefix" and t > 1:
+        assert clean[:, 0].all()
+    if mode == "independent":
+        assert not clean.any()
+
+
+def test_the_true_velocity_has_no_loss_and_an_error_has_its_square() -> None:
+    data = batch()
+    loss, _ = rectified_flow_loss(Oracle(data.latents), data, FlowConfig(), torch.Generator().manual_seed(0))
+    assert loss < 1e-6
+    loss, metrics = rectified_flow_loss(
+        Oracle(data.latents, bias=0.5), data, FlowConfig(), torch.Generator().manual_seed(0)
+    )
+    assert loss.item() == pytest.approx(0.25, rel=1e-3)
+    assert metrics["loss_high_noise"] == pytest.approx(0.25, rel=1e-3)
+
+
+def test_actions_are_dropped_at_the_stated_rate() -> None:
+    data = batch(b=64)
+    oracle = Oracle(data.latents)
+    for seed in range(20):
+        rectified_flow_loss(oracle, data, FlowConfig(action_dropout=0.25), torch.Generator().manual_seed(seed))
+    dropped = 1 - sum(oracle.kept) / len(oracle.kept)
+    assert 0.2 < dropped < 0.3
+
+
+def test_equal_generators_give_equal_losses_and_gradients_reach_every_weight() -> None:
+    torch.manual_seed(0)
+    model, data = PredictTransformer(tiny(action_dim=2)), batch()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    first, _ = rectified_flow_loss(model, data, FlowConfig(), torch.Generator().manual_seed(5))
+    again, _ = rectified_flow_loss(model, data, FlowConfig(), torch.Generator().manual_seed(5))
+    other, _ = rectified_flow_loss(model, data, FlowConfig(), torch.Generator().manual_seed(6))
+    assert first == again
+    assert first != other
+    first.backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+def test_losses_that_are_not_finite_are_refused() -> None:
+    data = batch()
+    data.latents[0, 0, 0, 0, 0] = float("nan")
+    with pytest.raises(WorldloomError, match="not finite"):
+        rectified_flow_loss(PredictTransformer(tiny(2)), data, FlowConfig(), torch.Generator())
+
+
+def test_tokenizer_loss_starts_at_the_quality_of_principal_components() -> None:
+    torch.manual_seed(0)
+    model = CausalVAE(CausalVAEConfig(widths=(8, 8, 16)))
+    ramp = torch.linspace(-1, 1, 16)
+    video = (ramp[None, None, None, :, None] * torch.rand(4, 3, 5, 1, 1) + 0.3 * ramp).clamp(-1, 1)
+    config = ReconstructionConfig(latent_noise=0.0)
+    _, before = tokenizer_loss(model, video, config, torch.Generator())
+    model.initialise_linear(video)
+    loss, after = tokenizer_loss(model, video, config, torch.Generator())
+    assert after["psnr"] > 35 > before["psnr"]
+    loss.backward()
+    assert model.linear_in.weight.grad.abs().max() > 0
