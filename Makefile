@@ -9,7 +9,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-export OMP_NUM_THREADS ?= 1
+# Two test processes on two cores: one torch thread each.
+test test-all: export OMP_NUM_THREADS = 1
 export PYTHON TORCH_INDEX
 
 .DEFAULT_GOAL := help
