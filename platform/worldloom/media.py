@@ -37,6 +37,24 @@ from worldloom.errors import WorldloomError, missing_extra
 if TYPE_CHECKING:
     from torch import Tensor
 
+__all__ = [
+    "Limits",
+    "Source",
+    "VideoInfo",
+    "contact_sheet",
+    "fit",
+    "iter_frames",
+    "probe",
+    "read_frames",
+    "read_image",
+    "resize",
+    "to_frames",
+    "to_tensor",
+    "write_gif",
+    "write_image",
+    "write_video",
+]
+
 
 def probe(source: Source, limits: Limits = DEFAULT_LIMITS, *, count: bool = False) -> VideoInfo:
     """What a video is, with proof that its first frame decodes.

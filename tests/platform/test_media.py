@@ -319,7 +319,7 @@ def test_gif_and_contact_sheet(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_real_videos() -> None:
-    """Films of real cameras and encoders; WORLDLOOM_REAL_VIDEOS names a folder of them (see benchmarks/README.md)."""
+    """Films of real cameras and encoders; WORLDLOOM_REAL_VIDEOS names a folder of them."""
     folder = os.environ.get("WORLDLOOM_REAL_VIDEOS", "")
     files = sorted(item for item in Path(folder).iterdir() if item.is_file()) if folder else []
     if not files:
