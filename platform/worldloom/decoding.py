@@ -238,6 +238,13 @@ class Reader:
                 return
 
     def no_frame(self) -> WorldloomError:
+        if not self.stream.codec_context.width:
+            # FFmpeg shows a size over `max_pixels` as none at all, in containers that have it in their header.
+            return WorldloomError(
+                f"no frame of the video decodes within the limit of {self.limits.max_pixels:g} pixels of a frame",
+                got=source_name(self.source),
+                do="its frames are larger than Limits allow, or the file is damaged",
+            )
         return WorldloomError(
             "no frame of the video decodes",
             got=source_name(self.source),
