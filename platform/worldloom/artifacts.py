@@ -32,6 +32,7 @@ from typing import Any
 from worldloom.errors import WorldloomError
 
 _CHUNK = 1 << 20
+_ID = re.compile(r"[a-z][a-z0-9_-]*-[0-9a-f]{16}")
 _TEMPORARY = ".worldloom-tmp"  # the end of every name that is still being written; digests leave such files out
 
 
@@ -285,6 +286,10 @@ class Store:
         self._write(record, json.dumps(dataclasses.asdict(artifact), indent=1, sort_keys=True).encode())
         return artifact
 
+    def __contains__(self, artifact_id: str) -> bool:
+        """Whether there is a record of exactly this id."""
+        return bool(_ID.fullmatch(artifact_id)) and bool(self._fs.exists(self._record(artifact_id)))
+
     def get(self, id_or_prefix: str) -> Artifact:
         """The record of an id, or of any unique beginning of one (with or without its kind).
 
@@ -381,15 +386,22 @@ class Store:
 
     def _put_object(self, source: Path, entry: FileEntry) -> None:
         target = self._object(entry)
-        if self._fs.exists(target) and self._fs.size(target) == entry.size:
-            return
-        self._fs.makedirs(posixpath.dirname(target), exist_ok=True)
         if not self._local:
-            self._fs.put_file(str(source), target)  # an object store shows an upload only when it is complete
+            # An object store shows an upload only when it is complete; comparing bytes would cost a download.
+            if not self._fs.exists(target) or self._fs.size(target) != entry.size:
+                self._fs.makedirs(posixpath.dirname(target), exist_ok=True)
+                self._fs.put_file(str(source), target)
             return
+        if Path(target).is_file() and file_digest(target) == entry.sha256:
+            return
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
         temporary = _temporary(Path(target))
         try:
             shutil.copyfile(source, temporary)
+            if file_digest(temporary) != entry.sha256:
+                raise WorldloomError(
+                    "the file changed while it was being stored", got=source, do="store it when nothing writes to it"
+                )
             _sync(temporary)
             temporary.replace(target)
         finally:

@@ -29,8 +29,8 @@ OPTIONAL: Mapping[str, tuple[str, str, str]] = {
     # import name: (distribution, extra, what it is for)
     "av": ("av", "curation", "reading and writing video"),
     "cv2": ("opencv-python-headless", "curation", "motion and resizing"),
+    "PIL": ("pillow", "curation", "reading and writing pictures"),
     "scenedetect": ("scenedetect-headless", "curation", "shot boundaries"),
-    "webdataset": ("webdataset", "curation", "shards"),
     "pyarrow": ("pyarrow", "curation", "the decision ledger"),
     "gymnasium": ("gymnasium", "curation", "recording environments"),
     "vizdoom": ("vizdoom", "curation", "the quickstart's world"),
@@ -48,12 +48,12 @@ OPTIONAL: Mapping[str, tuple[str, str, str]] = {
 
 _NEEDS: Mapping[str, tuple[str, ...]] = {
     # A catalog line can say it itself: {"needs": ["av", ...]}.
-    "quickstart": ("av", "cv2", "scenedetect", "webdataset", "pyarrow", "gymnasium", "vizdoom", "deepspeed", "peft"),
-    "curate": ("av", "cv2", "scenedetect", "webdataset", "pyarrow"),
-    "tokenize": ("av", "webdataset"),
-    "finetune": ("webdataset", "deepspeed", "peft"),
-    "generate": ("av",),
-    "eval": ("av", "webdataset", "torchmetrics"),
+    "quickstart": ("av", "cv2", "scenedetect", "pyarrow", "gymnasium", "vizdoom", "peft", "torchmetrics"),
+    "curate": ("av", "cv2", "scenedetect", "pyarrow"),
+    "tokenize": ("av",),
+    "finetune": ("av", "peft"),  # DeepSpeed is one of its strategies, and exists on Linux only
+    "generate": ("av", "cv2", "PIL"),
+    "eval": ("av", "torchmetrics"),
     "serve": ("av", "fastapi", "uvicorn"),
     "reason": ("av", "transformers"),
 }

@@ -66,11 +66,10 @@ def _leaf(text: str) -> Node | None:
 
 
 def _inner(store: Store, key: str, seen: dict[str, Node], path: tuple[str, ...]) -> Node:
-    try:
-        artifact = store.get(key)
-    except WorldloomError:
+    if key not in store:
         # Made on another machine, or its record was removed: say so, and keep the rest of the tree.
         return Node(key, "missing", key, "")
+    artifact = store.get(key)
     inputs = tuple(_walk(store, item, seen, (*path, key)) for item in artifact.inputs)
     return Node(
         artifact.id, artifact.kind, artifact.name or Path(artifact.location).name, artifact.digest, artifact, inputs

@@ -41,6 +41,9 @@ def test_put_get_find(store: Store, dataset: Path) -> None:
     assert store.get(made.id) == made
     assert store.find() == store.find("dataset") == [made]
     assert store.find("model") == []
+    assert made.id in store
+    assert made.id[:-1] not in store
+    assert f"../records/{made.id}" not in store
     assert made.inputs == (SOURCE,)
     assert (made.config, made.seed, made.metadata, made.size) == ({"fps": 10}, 3, {"clips": 4}, 10240 + 13)
     assert made.digest == tree_digest(dataset)
@@ -144,6 +147,8 @@ def test_verify_and_fetch_notice_tampering_in_the_store(dataset: Path, tmp_path:
     with pytest.raises(WorldloomError, match=r"dataset\.json"):
         store.fetch(made.id, tmp_path / "back")
     assert not (tmp_path / "back" / "dataset.json").exists()
+    store.put(dataset, kind="dataset", copy=True)  # storing it again mends the store
+    assert store.verify(made.id) == []
 
 
 def test_a_record_cannot_write_outside_the_folder(dataset: Path, tmp_path: Path) -> None:

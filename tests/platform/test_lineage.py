@@ -85,6 +85,18 @@ def test_a_record_that_is_not_here_is_a_leaf(store: Store, chain: dict[str, Arti
     assert f"missing  {chain['dataset'].id}  not in this store" in rendered(node)
 
 
+def test_an_input_is_a_whole_id(store: Store, chain: dict[str, Artifact], tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("x")
+    made = store.put(tmp_path / "x", kind="report", inputs=[chain["model"].id[:-2], "model"])
+    assert [item.kind for item in lineage.walk(store, made.id).inputs] == ["missing", "missing"]
+
+
+def test_a_damaged_record_is_an_error_and_not_a_gap(store: Store, chain: dict[str, Artifact], tmp_path: Path) -> None:
+    (tmp_path / "store" / "records" / f"{chain['dataset'].id}.json").write_text("{")
+    with pytest.raises(WorldloomError, match="is damaged"):
+        lineage.walk(store, chain["sample"].id)
+
+
 def test_a_record_that_depends_on_itself_is_refused(store: Store, chain: dict[str, Artifact], tmp_path: Path) -> None:
     record = tmp_path / "store" / "records" / f"{chain['dataset'].id}.json"
     fields = json.loads(record.read_text())
