@@ -113,13 +113,21 @@ class Packed:
         return Packed(self.content.to(*args, **kwargs))
 
 
+@dataclass(frozen=True)
+class _Collate:
+    items: Items
+
+    def __call__(self, chosen: Sequence[Any]) -> Packed:
+        return Packed(self.items.collate(chosen))
+
+
 def loader(items: Items, stream: Stream, workers: int) -> DataLoader[Any]:
     """A loader whose batch order does not depend on the number of workers."""
     return DataLoader(
         _Addressed(items),
         batch_sampler=stream,
         num_workers=workers,
-        collate_fn=lambda chosen: Packed(items.collate(chosen)),
+        collate_fn=_Collate(items),
         multiprocessing_context="forkserver" if workers else None,
     )
 

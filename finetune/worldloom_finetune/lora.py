@@ -6,6 +6,7 @@ nothing.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,8 +24,12 @@ _PREFIX = "base_model.model."  # what peft writes before every key of an adapter
 def linear_names(model: nn.Module) -> tuple[str, ...]:
     """Full names of the linear layers of attention and MLPs inside the repeated blocks; of all where there are none."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    chosen = [name for name in linears if "blocks." in name and ("attn." in name or "mlp." in name)]
+    chosen = [name for name in linears if "blocks." in name and _in_attention_or_mlp(name)]
     return tuple(chosen or linears)
+
+
+def _in_attention_or_mlp(name: str) -> bool:
+    return any(part == "mlp" or part.endswith("attn") for part in name.split("."))
 
 
 def inject(model: nn.Module, config: LoraConfig, trained_whole: Sequence[str] = ()) -> None:
@@ -74,7 +79,7 @@ def _endings(targets: Sequence[str], trained_whole: Sequence[str], model: nn.Mod
     return found
 
 
-def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
+def save_adapter(model: nn.Module, folder: Path) -> None:
     """Write ``adapter_model.safetensors`` and ``adapter_config.json`` as peft lays them out.
 
     `worldloom_model_zoo.load_model` reads them back, and so does ``peft.PeftModel.from_pretrained``.
@@ -84,8 +89,14 @@ def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
     settings = model.__dict__[_SETTINGS]
     tensors = peft.get_peft_model_state_dict(model, adapter_name="default")
     write_weights({_PREFIX + name: tensor for name, tensor in tensors.items()}, folder, WEIGHTS)
-    settings.base_model_name_or_path, settings.inference_mode = base, True
+    settings.inference_mode = True
     settings.save_pretrained(str(folder))
+    file = folder / "adapter_config.json"
+    record = json.loads(file.read_text())
+    record["target_modules"] = sorted(
+        record["target_modules"]
+    )  # peft writes a set in no order; equal runs, equal bytes
+    file.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from worldloom import config as configs
 from worldloom.errors import WorldloomError
+from worldloom.progress import progress
 from worldloom_finetune import data
 from worldloom_finetune.config import FinetuneConfig
 from worldloom_finetune.export import rounded
 from worldloom_finetune.objectives import ReconstructionConfig, tokenizer_loss
-from worldloom_finetune.progress import progress
 
 PRESETS = ("causal-vae/nano",)
 _LINEAR_WINDOWS = 512  # windows whose patches set the linear maps before training

@@ -19,9 +19,9 @@ from worldloom import config as configs
 from worldloom import registry
 from worldloom.artifacts import atomic_write
 from worldloom.errors import WorldloomError
+from worldloom.progress import progress
 from worldloom_finetune import launch
 from worldloom_finetune.config import FinetuneConfig, TrainerConfig
-from worldloom_finetune.progress import progress
 
 # What may differ when a run resumes: how long it runs, what it writes on the way, how its data reach it.
 _FREE = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +18,7 @@ from worldloom import config as configs
 from worldloom import registry
 from worldloom.artifacts import file_digest
 from worldloom.errors import WorldloomError
+from worldloom.progress import progress
 from worldloom.schema import LatentBatch
 from worldloom.shards import Dataset, DatasetIndex, ShardSample, open_dataset
 from worldloom.weights import WEIGHTS, assign_weights, read_weights, write_weights
@@ -25,7 +26,6 @@ from worldloom_finetune import data, lora
 from worldloom_finetune.config import FinetuneConfig
 from worldloom_finetune.export import artifact_of, rounded
 from worldloom_finetune.objectives import FlowConfig, rectified_flow_loss
-from worldloom_finetune.progress import progress
 from worldloom_model_zoo.predict.checkpoint import PredictAdapter, fresh_actions
 from worldloom_model_zoo.predict.config import PredictCheckpoint, PredictConfig, TokenizerRef
 from worldloom_model_zoo.predict.inputs import align_actions
@@ -152,7 +152,7 @@ class WorldJob:
         frames = data.window_length(config.data.frames, ratio, shortest, "a sample of the dataset")
         groups = [str(clip.metadata.get("parent", clip.id)) for clip in dataset.clips()]
         train, val = data.split(groups, config.data.val_fraction)
-        read = aligned(dataset, base.checkpoint)
+        read = Aligned(dataset, base.checkpoint)
         hold = sum(ref.bytes for ref in dataset.index.shards) < config.data.memory_gb * 1e9
         return cls(
             config,
@@ -210,7 +210,7 @@ class WorldJob:
         """Write a checkpoint, or an adapter with a reference to its base; returns the weights' file name."""
         checkpoint = self.base.checkpoint
         if self.config.lora.rank:
-            lora.save_adapter(self.model, folder, self.base.name)
+            lora.save_adapter(self.model, folder)
             base = str(Path(self.base.name).absolute()) if Path(self.base.name).is_dir() else self.base.name
             adapter = PredictAdapter(base=base, base_sha256=self.base.sha256, checkpoint=checkpoint)
             configs.save(adapter, folder / "config.toml")
@@ -301,18 +301,25 @@ def _understands(checkpoint: PredictCheckpoint, index: DatasetIndex) -> bool:
     return index.action_dim == checkpoint.model.action_dim
 
 
-def aligned(dataset: Dataset, checkpoint: PredictCheckpoint) -> Callable[[int], ShardSample]:
-    """Reads samples of a dataset with their actions in the model's order: matched by name where both have names."""
-    names, wanted = _names(dataset.index), checkpoint.action_names
+@dataclass(frozen=True)
+class Aligned:
+    """Reads samples of a dataset with their actions in the model's order: matched by name where both have names.
 
-    def read(which: int) -> ShardSample:
-        sample = dataset.load(which)
+    A class, not a closure: loader processes get it by pickle.
+    """
+
+    dataset: Dataset
+    """Where samples come from."""
+    checkpoint: PredictCheckpoint
+    """The model's settings."""
+
+    def __call__(self, which: int) -> ShardSample:
+        sample = self.dataset.load(which)
+        names, wanted = _names(self.dataset.index), self.checkpoint.action_names
         if "actions" in sample.arrays and names and wanted and names != wanted:
             given = torch.from_numpy(sample.arrays["actions"])
             sample.arrays["actions"] = align_actions(given, names, wanted, len(wanted)).numpy()
         return sample
-
-    return read
 
 
 def find_checkpoint(name: str) -> tuple[Path, str]:
