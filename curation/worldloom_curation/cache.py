@@ -51,7 +51,9 @@ class Cache:
     def load_signals(self, kind: str, key: str) -> dict[str, np.ndarray] | None:
         """An array bundle; None if there is none, or if it was damaged."""
         try:
-            with np.load(self.path(kind, key, ".npz"), allow_pickle=False) as bundle:
+            # Read first: numpy leaves a damaged file open.
+            data = io.BytesIO(self.path(kind, key, ".npz").read_bytes())
+            with np.load(data, allow_pickle=False) as bundle:
                 return {name: bundle[name] for name in bundle.files}
         except Exception:  # zipfile, numpy and OS errors alike mean: compute it again
             return None

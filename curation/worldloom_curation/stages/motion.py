@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class MotionConfig:
     """How much must move."""
 
-    threshold: float = 0.2
+    threshold: float = 0.25
     """Least motion, in grey levels (0 to 255); a span with less is dropped. 0 keeps everything."""
     gap: float = 0.25
     """Seconds between the two frames that are compared."""

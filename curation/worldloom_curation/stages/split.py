@@ -73,7 +73,7 @@ class ContentScores:
             from scenedetect.detectors import AdaptiveDetector
         except ImportError as error:
             raise missing_extra(str(error.name), "curation") from error
-        self._cv2, self._timecode, self._side, self._fps = cv2, FrameTimecode, side, fps
+        self._cv2, self._timecode, self._side, self._fps = cv2, FrameTimecode, side, float(fps)
         self._stats = StatsManager()
         # The thresholds do not matter here; the edge kernel is the cheapest, for edges have no weight in the score.
         self._detector = AdaptiveDetector(kernel_size=3)
