@@ -56,7 +56,6 @@ def test_the_id_depends_on_content_inputs_config_and_seed_alone(store: Store, da
     dataset.rename(copy)
     again = store.put(copy, kind="dataset", name="other", config={"b": 2, "a": 1}, seed=0, metadata={"x": 1})
     assert again.id == first.id
-    assert again.created == first.created
     assert store.get(first.id).location == str(copy)
     others = [
         store.put(copy, kind="latents", config={"a": 1, "b": 2}, seed=0),
@@ -67,6 +66,13 @@ def test_the_id_depends_on_content_inputs_config_and_seed_alone(store: Store, da
     (copy / "dataset.json").write_text('{"format": 2}')
     others.append(store.put(copy, kind="dataset", config={"a": 1, "b": 2}, seed=0))
     assert len({first.id, *(other.id for other in others)}) == 6
+
+
+def test_storing_again_keeps_the_first_date(dataset: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    record = tmp_path / "store" / "records" / f"{store.put(dataset, kind='dataset').id}.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"created": "2001-01-01T00:00:00+00:00"}))
+    assert store.put(dataset, kind="dataset").created == "2001-01-01T00:00:00+00:00"
 
 
 def test_the_record_says_what_the_documentation_says(dataset: Path, tmp_path: Path) -> None:
