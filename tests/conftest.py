@@ -30,48 +30,23 @@ class NetworkBlocked(RuntimeError):
     """A test tried to reach another machine."""
 
 
-def _is_local(address: Any) -> bool:
-    if not isinstance(address, tuple):  # a Unix socket's path
-        return True
-    host = str(address[0])
-    return host in {"", "localhost", "0.0.0.0", "::", "::1"} or host.startswith(("127.", "::ffff:127."))
+def _is_local(host: Any) -> bool:
+    name = host.decode() if isinstance(host, bytes) else str(host or "")
+    local = {"", "localhost", "0.0.0.0", "::", "::1", socket.gethostname()}
+    return name in local or name.startswith(("127.", "::ffff:127."))
 
 
-def _refuse(address: Any) -> None:
-    if not _is_local(address):
-        raise NetworkBlocked(f"tests reach no other machine than this one; something tried {address!r}")
+def _fence(event: str, args: tuple[Any, ...]) -> None:
+    """An audit hook: Python asks it before any socket of any class or library connects, sends or resolves a name."""
+    if event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
+        address = args[1]
+        if isinstance(address, tuple) and not _is_local(address[0]):  # a Unix socket's address is a path
+            raise NetworkBlocked(f"tests reach no other machine than this one; something tried {address!r}")
+    elif event in ("socket.getaddrinfo", "socket.gethostbyname") and not _is_local(args[0]):
+        raise NetworkBlocked(f"tests reach no other machine than this one; something looked up {args[0]!r}")
 
 
-class _LocalSocket(socket.socket):
-    """A socket that connects and sends to loopback addresses and Unix sockets only."""
-
-    def connect(self, address: Any, /) -> None:
-        _refuse(address)
-        super().connect(address)
-
-    def connect_ex(self, address: Any, /) -> int:
-        _refuse(address)
-        return super().connect_ex(address)
-
-    def sendto(self, data: Any, *args: Any) -> int:
-        _refuse(args[-1])
-        return super().sendto(data, *args)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _no_network() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        resolve = socket.getaddrinfo
-
-        def resolve_local(host: Any, *args: Any, **kwargs: Any) -> Any:
-            name = host.decode() if isinstance(host, bytes) else host
-            if name not in {None, "", socket.gethostname()}:
-                _refuse((name,))
-            return resolve(host, *args, **kwargs)
-
-        patch.setattr(socket, "socket", _LocalSocket)
-        patch.setattr(socket, "getaddrinfo", resolve_local)
-        yield
+sys.addaudithook(_fence)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -100,7 +75,7 @@ def _torch_seed() -> None:
 def pytest_configure() -> None:
     """Keep pytest-randomly from importing DeepSpeed, which registers a seeder with it, where no test needs torch."""
     if "pytest_randomly" in sys.modules:
-        sys.modules["pytest_randomly"].entrypoint_reseeds = []
+        vars(sys.modules["pytest_randomly"])["entrypoint_reseeds"] = []
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

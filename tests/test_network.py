@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
+import ssl
 import threading
 
 import pytest
@@ -24,6 +26,16 @@ def test_other_machines_cannot_be_reached(address: tuple[str, int]) -> None:
 def test_names_are_not_resolved() -> None:
     with pytest.raises(RuntimeError, match="no other machine"):
         socket.getaddrinfo("weights.invalid", 443)
+    with pytest.raises(RuntimeError, match="no other machine"):
+        socket.gethostbyname("weights.invalid")
+
+
+def test_encrypted_and_asynchronous_sockets_are_fenced_in_too() -> None:
+    encrypted = ssl.create_default_context().wrap_socket(socket.socket(), server_hostname="x")
+    with encrypted as client, pytest.raises(RuntimeError, match="no other machine"):
+        client.connect(("192.0.2.1", 443))
+    with pytest.raises(RuntimeError, match="no other machine"):
+        asyncio.run(asyncio.wait_for(asyncio.open_connection("192.0.2.1", 443), 5))
 
 
 def test_this_machine_can_be_reached() -> None:
