@@ -19,9 +19,12 @@ _DRAWN = 1500
 class _Axes:
     """A plot area with its scales: data to pixels."""
 
-    def __init__(self, x: tuple[float, float], y: tuple[float, float], x_label: str, y_label: str) -> None:
+    def __init__(
+        self, x: tuple[float, float], y: tuple[float, float], x_label: str, y_label: str, whole: bool = False
+    ) -> None:
         self.x_range, self.y_range = x, y
         self.x_label, self.y_label = x_label, y_label
+        self.whole = whole  # y counts things
 
     def x(self, value: float) -> float:
         low, high = self.x_range
@@ -35,7 +38,7 @@ class _Axes:
         """Grid, ticks and labels."""
         parts: list[str] = []
         floor = _HEIGHT - _BOTTOM
-        for tick in ticks(*self.y_range):
+        for tick in ticks(*self.y_range, whole=self.whole):
             at = self.y(tick)
             parts.append(f'<line class="gridline" x1="{_LEFT}" y1="{at:.1f}" x2="{_WIDTH - _RIGHT}" y2="{at:.1f}"/>')
             parts.append(f'<text x="{_LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{number(tick)}</text>')
@@ -111,7 +114,7 @@ def histogram(title: str, values: Sequence[float], threshold: float | None) -> s
         bin_ = min(count - 1, int((value - low) / width))
         bars[bin_] += 1
         dropped[bin_] += threshold is not None and value < threshold
-    axes = _Axes((low, high), (0.0, max(bars) * 1.05), "", "count")
+    axes = _Axes((low, high), (0.0, max(bars) * 1.05), "", "count", whole=True)
     parts = axes.frame()
     for i, (total, below) in enumerate(zip(bars, dropped, strict=True)):
         left, right = axes.x(edges[i]) + 0.5, axes.x(edges[i + 1]) - 0.5
@@ -136,11 +139,12 @@ def histogram(title: str, values: Sequence[float], threshold: float | None) -> s
     return _chart(title, legend, parts)
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers (1, 2 or 5 times a power of ten) inside ``[low, high]``."""
+def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[float]:
+    """About `count` round numbers (1, 2 or 5 times a power of ten) inside ``[low, high]``; integers if `whole`."""
     rough = (high - low) / max(1, count)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    step = max(step, 1.0) if whole else step
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [i * step for i in range(first, last + 1)]

@@ -268,6 +268,12 @@ def test_ticks_are_few_round_and_inside(low: float, length: float) -> None:
     assert min(abs(digits - factor) for factor in (1, 2, 5)) < 1e-3
 
 
+@pytest.mark.parametrize(("high", "expected"), [(1.05, [0, 1]), (3.15, [0, 1, 2, 3]), (42, [0, 10, 20, 30, 40])])
+def test_counts_have_whole_ticks(high: float, expected: list[float]) -> None:
+    assert charts.ticks(0, high, whole=True) == expected
+    assert charts.histogram("x", [1.0] * int(high), None).count('text-anchor="end"') == len(expected)
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0.0, "0"), (0.1 + 0.2, "0.3"), (-1.5, "\u22121.5"), (20000.0, "20000"), (250000.0, "250k"), (3e-5, "3e\u221205")],
