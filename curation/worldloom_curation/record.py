@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from worldloom import config as configs
 from worldloom import media
 from worldloom.artifacts import Store, atomic_write
 from worldloom.errors import WorldloomError
+from worldloom.progress import progress
 from worldloom.schema import Clip, clip_id
 from worldloom.shards import (
     DatasetIndex,
@@ -87,7 +87,7 @@ def record(
     segmentation: bool = True,
     samples_per_shard: int = 64,
     store: Store | None = None,
-    progress: bool = True,
+    quiet: bool = False,
 ) -> DatasetIndex:
     """Record episodes into the dataset folder `out`; the arguments are the fields of `RecordConfig`.
 
@@ -96,7 +96,7 @@ def record(
 
     Args:
         store: where the dataset's record goes; None for the default store.
-        progress: show progress on stderr.
+        quiet: show no progress on stderr.
 
     Raises:
         WorldloomError: an impossible parameter, an environment that cannot be made or rendered, or a folder that holds
@@ -109,9 +109,8 @@ def record(
     if _is_complete(out, config):
         shutil.rmtree(out / ".episodes", ignore_errors=True)
         return open_dataset(out).index
-    configs.save(config, out / "config.toml")
     started, done_before = time.monotonic(), sum(1 for e in range(episodes) if _part(out, e).is_file())
-    frames = _play(config, out, progress)
+    frames = _play(config, out, quiet)
     with ShardWriter(out, "clips", samples_per_shard) as writer:
         for episode in range(episodes):
             for key, members in read_members(_part(out, episode)):
@@ -150,7 +149,7 @@ def scan_clip(part: Path) -> Clip:
         return entry.read_clip(file)
 
 
-def _play(config: RecordConfig, out: Path, progress: bool) -> int:
+def _play(config: RecordConfig, out: Path, quiet: bool) -> int:
     """Play the episodes that are not on disk; returns the number of frames played."""
     missing = [episode for episode in range(config.episodes) if not _part(out, episode).is_file()]
     if not missing:
@@ -162,8 +161,10 @@ def _play(config: RecordConfig, out: Path, progress: bool) -> int:
         Simulator(
             config.env_id, frame_skip=config.frame_skip, depth=config.depth, segmentation=config.segmentation
         ) as simulator,
-        _Progress(f"recording {config.env_id}", config.episodes, config.episodes - len(missing), progress) as bar,
+        progress(f"recording {config.env_id}", quiet=quiet) as report,
     ):
+        configs.save(config, out / "config.toml")
+        started = time.monotonic()
         for episode in missing:
             if episode:
                 # Class numbers are given out in order of appearance, over all episodes.
@@ -179,7 +180,7 @@ def _play(config: RecordConfig, out: Path, progress: bool) -> int:
             with ShardWriter(out / ".episodes", "clips", 1, first_shard=episode) as writer:
                 writer.write(sample)
             frames += sample.clip.frames
-            bar.advance(sample.clip.frames)
+            report(episode + 1, config.episodes, f"{frames / (time.monotonic() - started):.0f} frames/s")
     return frames
 
 
@@ -312,47 +313,6 @@ def _is_complete(out: Path, config: RecordConfig) -> bool:
             do=f"use the same parameters to go on with {out}, or record into a new folder",
         )
     return (out / "dataset.json").is_file()
-
-
-class _Progress:
-    """A rich bar on a terminal, a line every tenth of the way elsewhere; both on stderr."""
-
-    def __init__(self, what: str, total: int, done: int, shown: bool) -> None:
-        self.what, self.total, self.done, self.shown = what, total, done, shown
-        self.frames, self.started, self._bar = 0, time.monotonic(), None
-        self._told = done * 10 // total
-
-    def __enter__(self) -> _Progress:
-        if self.shown and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
-            self._bar.start()
-            self._task = self._bar.add_task(self.what, total=self.total, completed=self.done, rate="")
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def advance(self, frames: int) -> None:
-        """One more episode, of so many frames."""
-        self.done += 1
-        self.frames += frames
-        rate = f"{self.frames / max(1e-9, time.monotonic() - self.started):.0f} frames/s"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, rate=rate)
-        elif self.shown and (self.done * 10 // self.total > self._told or self.done == self.total):
-            self._told = self.done * 10 // self.total
-            print(f"{self.what}: {self.done}/{self.total} episodes, {rate}", file=sys.stderr)
 
 
 def _parse_size(text: str) -> tuple[int, int]:

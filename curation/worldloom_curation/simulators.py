@@ -11,6 +11,8 @@ import contextlib
 import importlib
 import importlib.metadata
 import os
+import shutil
+import signal
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,6 +31,9 @@ _PLUGINS = (
     ("BabyAI-", "minigrid", "minigrid", ""),
 )
 """How an id begins, the module that registers it, its package, the extra that installs it (or none)."""
+
+
+_SCRATCH = "worldloom-simulator-"
 
 
 @dataclass
@@ -74,9 +79,10 @@ class Simulator:
         entry = _entry_point(gymnasium, env_id)
         self.family = next((name for name in ("vizdoom", "ale_py", "mujoco") if name in entry.partition(":")[0]), "")
         options: dict[str, Any] = {"disable_env_checker": True}
-        self._scratch = tempfile.TemporaryDirectory(prefix="worldloom-simulator-")
+        self._scratch = tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-")
         self._started = False
         if self.family == "vizdoom":
+            _end_orphans()
             self.classes = ["wall", "floor or ceiling"]
             options |= {"doom_config_path": str(Path(self._scratch.name) / "vizdoom.ini")}
             options |= {"depth_buffer_enabled": depth, "labels_buffer_enabled": segmentation}
@@ -308,6 +314,14 @@ def _action_names(space: Any, world: Any, family: str) -> list[str]:
 
 
 def _register(env_id: str, packages: dict[str, str]) -> None:
+    module, colon, _ = env_id.partition(":")
+    if colon:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise WorldloomError(
+                f"the package that registers the environment is not installed: {error}", got=env_id
+            ) from error
     for prefix, module, package, extra in _PLUGINS:
         if env_id.startswith(prefix):
             try:
@@ -327,6 +341,23 @@ def _register(env_id: str, packages: dict[str, str]) -> None:
                 imported.ALEInterface.setLoggerMode(imported.LoggerMode.Error)
 
 
+def _end_orphans() -> None:
+    """End ViZDoom engines whose recorder was killed: they wait for it for ever. Linux only.
+
+    An engine's command line names the scratch folder of its recorder, and the folder's name holds the recorder's pid;
+    only engines of recorders that are gone are ended.
+    """
+    for folder in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*-*"):
+        owner = folder.name.removeprefix(_SCRATCH).partition("-")[0]
+        if Path("/proc", owner).exists():
+            continue
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if f"{folder}/".encode() in (process / "cmdline").read_bytes():
+                    os.kill(int(process.name), signal.SIGKILL)
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
 def _entry_point(gymnasium: Any, env_id: str) -> str:
     try:
         entry = gymnasium.spec(env_id).entry_point
@@ -336,8 +367,6 @@ def _entry_point(gymnasium: Any, env_id: str) -> str:
             got=f"{env_id}: {error}",
             do="check the id, or write module:Id where a package registers it, e.g. my_package:MyEnv-v0",
         ) from error
-    except ModuleNotFoundError as error:
-        raise WorldloomError("the environment's package is not installed", got=f"{env_id}: {error}") from error
     return entry if isinstance(entry, str) else str(getattr(entry, "__module__", ""))
 
 
