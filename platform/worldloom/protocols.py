@@ -6,7 +6,7 @@ Letters: b batch, c channels, t latent frames, T video frames, h w latent size, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -55,8 +55,22 @@ class VideoTokenizer(Protocol):
 class Generates(Protocol):
     """Makes a video from text, an image, a video or actions."""
 
-    def generate(self, request: GenerationRequest) -> Tensor:
-        """The whole video, conditioning frames included: ``(b, 3, T, H, W)`` in [-1, 1]."""
+    def complete(self, request: GenerationRequest) -> GenerationRequest:
+        """The request with every unset field filled in from the model's defaults; raises where `generate` would."""
+        ...
+
+    def generate(self, request: GenerationRequest, progress: Callable[[int, int], None] | None = None) -> Tensor:
+        """The whole video, conditioning frames included: ``(b, 3, T, H, W)`` in [-1, 1].
+
+        ``progress(done, total)`` is called between units of work; an exception that it raises ends the work.
+        """
+        ...
+
+    def provenance(self) -> Mapping[str, Any]:
+        """What decides a result besides the request, JSON-ready; a sample's sidecar records it.
+
+        ``model`` {name, path, digest, kind}, and where it has them ``tokenizer`` {name, fingerprint} and ``sampler``.
+        """
         ...
 
 

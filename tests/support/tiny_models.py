@@ -1,4 +1,4 @@
-"""Real tokenizers, checkpoints and datasets at the smallest sizes, with random weights and no zero layer left in them."""
+"""Real tokenizers, checkpoints and datasets at the smallest sizes, random weights throughout, no layer left at zero."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from worldloom import media
 from worldloom.schema import Clip, clip_id
 from worldloom.shards import Dataset, ShardSample, ShardWriter, commit_dataset, open_dataset

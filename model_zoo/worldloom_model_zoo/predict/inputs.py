@@ -28,9 +28,11 @@ def read_conditioning(
     Raises:
         WorldloomError: no image or video, both, text for a model without text, actions that do not fit.
     """
-    if request.prompt and not config.model.context_dim:
+    if request.prompt:
         raise WorldloomError(
-            "this model takes no text", got=request.prompt, do="leave --prompt out, or use a text-conditioned model"
+            "this checkpoint has no text encoder" if config.model.context_dim else "this model takes no text",
+            got=request.prompt,
+            do="leave --prompt out, or use a text-conditioned model",
         )
     if bool(request.image) == bool(request.video):
         raise WorldloomError(

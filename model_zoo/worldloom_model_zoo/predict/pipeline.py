@@ -5,7 +5,8 @@ Letters: b batch, t latent frames, T video frames, r frames in a latent frame, H
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -57,39 +58,53 @@ class PredictPipeline:
 
     # -- Generates ------------------------------------------------------------------------------------------------
 
-    def generate(self, request: GenerationRequest) -> Tensor:
+    def generate(self, request: GenerationRequest, progress: Callable[[int, int], None] | None = None) -> Tensor:
         """The video a request describes, conditioning frames included: ``(1, 3, T, H, W)`` in [-1, 1].
+
+        ``progress(done, total)`` counts sampler steps; an exception that it raises ends the work.
 
         Raises:
             WorldloomError: text for a model without text, no conditioning, actions of another size or number.
         """
+        request, start, actions = self._read(request)
+        assert request.frames is not None
+        sampler = self._sampler(request)
+        return self.generate_video(
+            start, actions, request.frames, seed=request.seed, sampler=sampler, progress=progress
+        )
+
+    def complete(self, request: GenerationRequest) -> GenerationRequest:
+        """The request with frames, steps, guidance and rate filled in; raises what `generate` would."""
+        return self._read(request)[0]
+
+    def provenance(self) -> dict[str, Any]:
+        """What decides a sample besides its request: digests of model and tokenizer, sampler, checkpoint settings."""
+        return {
+            "model": asdict(self.ref) if self.ref is not None else None,
+            "tokenizer": {"name": self.config.tokenizer.name, "fingerprint": self.tokenizer.fingerprint},
+            "sampler": asdict(self.sampler),
+            "checkpoint": asdict(self.config),
+        }
+
+    def _read(self, request: GenerationRequest) -> tuple[GenerationRequest, Tensor, Tensor | None]:
+        """The completed request, with the start and the actions that it names."""
         start, actions = read_conditioning(request, self.config, self.frames_per_step)
-        steps, scale = request.steps or self.sampler.steps, request.guidance_scale or self.sampler.guidance_scale
         frames = request.frames
         if frames is None:
             frames = start.shape[2] + 16 if actions is None else actions.shape[1] + 1
-        sampler = replace(self.sampler, steps=steps, guidance_scale=scale)
-        return self.generate_video(start, actions, frames, seed=request.seed, sampler=sampler)
+        self._check(start, actions, frames)
+        sampler = self._sampler(request)
+        fps = self.config.fps if request.fps is None else request.fps
+        if fps <= 0:
+            raise WorldloomError("the frame rate must be a positive number", got=fps)
+        completed = replace(request, frames=frames, steps=sampler.steps, guidance_scale=sampler.guidance_scale, fps=fps)
+        return completed, start, actions
 
-    @torch.no_grad()
-    def generate_video(
-        self,
-        start: Tensor,
-        actions: Tensor | None,
-        frames: int,
-        *,
-        seed: int = 0,
-        sampler: SamplerConfig | None = None,
-    ) -> Tensor:
-        """Continue ``start (b, 3, T0, H, W)``, T0 = 1 + r k, to ``frames`` = T video frames; the given frames are kept.
+    def _sampler(self, request: GenerationRequest) -> SamplerConfig:
+        given = {"steps": request.steps, "guidance_scale": request.guidance_scale}
+        return replace(self.sampler, **{key: value for key, value in given.items() if value is not None})
 
-        Args:
-            actions: ``(b, T-1, a)`` from the first given frame on; None for the null action.
-            seed: of the noise; row i of a batch draws from seed + i, so a row does not depend on its batch.
-
-        Raises:
-            WorldloomError: lengths that do not fit.
-        """
+    def _check(self, start: Tensor, actions: Tensor | None, frames: int) -> None:
         ratio = self.frames_per_step
         if (frames - 1) % ratio or frames <= start.shape[2]:
             raise WorldloomError(
@@ -101,44 +116,80 @@ class PredictPipeline:
             raise WorldloomError(
                 f"{frames} frames need {frames - 1} actions, one between two frames", got=actions.shape[1]
             )
-        sampler = sampler or self.sampler
+
+    @torch.no_grad()
+    def generate_video(
+        self,
+        start: Tensor,
+        actions: Tensor | None,
+        frames: int,
+        *,
+        seed: int = 0,
+        sampler: SamplerConfig | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Continue ``start (b, 3, T0, H, W)``, T0 = 1 + r k, to ``frames`` = T video frames; the given frames are kept.
+
+        Args:
+            actions: ``(b, T-1, a)`` from the first given frame on; None for the null action.
+            seed: of the noise; row i of a batch draws from seed + i, so a row does not depend on its batch.
+            progress: called with (sampler steps done, sampler steps in all); may raise to stop.
+
+        Raises:
+            WorldloomError: lengths that do not fit.
+        """
+        self._check(start, actions, frames)
+        ratio, sampler = self.frames_per_step, sampler or self.sampler
         start = start.to(self.device)
         context = self.tokenizer.encode(start)
         if self.model.config.attention == "causal":
             world = _World(self.model, sampler, start.shape[0], seed)
             known = (context.shape[2] - 1) * ratio
+            tick = _ticker(progress, (frames - 1 - known) // ratio * sampler.steps)
             world.observe(context, None if actions is None else actions[:, :known].to(self.device))
             parts = [context]
             for index in range(known, frames - 1, ratio):
                 chosen = None if actions is None else actions[:, index : index + ratio].to(self.device)
-                parts.append(world.advance(chosen))
+                parts.append(world.advance(chosen, tick))
             latents = torch.cat(parts, dim=2)
         else:
-            latents = self._denoise_jointly(context, actions, 1 + (frames - 1) // ratio, seed, sampler)
+            latents = self._denoise_jointly(context, actions, 1 + (frames - 1) // ratio, seed, sampler, progress)
         video = self.tokenizer.decode(latents)
         return torch.cat([start, video[:, :, start.shape[2] :]], dim=2)
 
     def _denoise_jointly(
-        self, context: Tensor, actions: Tensor | None, t: int, seed: int, sampler: SamplerConfig
+        self,
+        context: Tensor,
+        actions: Tensor | None,
+        t: int,
+        seed: int,
+        sampler: SamplerConfig,
+        progress: Callable[[int, int], None] | None,
     ) -> Tensor:
         """Full attention: all frames at once, context frames held clean at noise level 0."""
         b, c, known, h, w = context.shape
         generators = _generators(b, seed)
         noise = _noise(generators, (c, t - known, h, w), context)
         actions = None if actions is None else actions.to(context)
+        given = context.new_zeros(b, 1, t, h, w)
+        given[:, :, :known] = 1
+        tick = _ticker(progress, sampler.steps)
 
         def velocity(x: Tensor, level: float) -> Tensor:
             levels = torch.cat([context.new_zeros(b, known), context.new_full((b, t - known), level)], dim=1)
-            return self._guided(torch.cat([context, x], dim=2), levels, actions, sampler.guidance_scale)[:, :, known:]
+            whole = torch.cat([context, x], dim=2)
+            made = self._guided(whole, levels, actions, given, sampler.guidance_scale)[:, :, known:]
+            tick()
+            return made
 
         made = flow_euler(velocity, noise, flow_levels(sampler.steps, sampler.shift))
         return torch.cat([context, made], dim=2)
 
-    def _guided(self, x: Tensor, levels: Tensor, actions: Tensor | None, scale: float) -> Tensor:
-        conditional = self.model(x, levels, actions)
+    def _guided(self, x: Tensor, levels: Tensor, actions: Tensor | None, given: Tensor, scale: float) -> Tensor:
+        conditional = self.model(x, levels, actions, condition_mask=given)
         if scale == 1 or actions is None:
             return conditional
-        return guide(conditional, self.model(x, levels, None), scale)
+        return guide(conditional, self.model(x, levels, None, condition_mask=given), scale)
 
     # -- Steps ----------------------------------------------------------------------------------------------------
 
@@ -194,22 +245,36 @@ class _World:
             latents = flow_interpolate(latents, noise, level)
         self.model(latents, level, actions, cache=self.cache, commit=True)
 
-    def advance(self, actions: Tensor | None) -> Tensor:
-        """Sample the next latent frame ``(b, c, 1, h, w)`` and take it into the cache."""
+    def advance(self, actions: Tensor | None, tick: Callable[[], None] = lambda: None) -> Tensor:
+        """Sample the next latent frame ``(b, c, 1, h, w)`` and take it into the cache; `tick` after each step."""
         reference = self.cache.keys[0]
         noise = _noise(self.generators, self.shape, reference)
         b, scale = len(self.generators), self.sampler.guidance_scale
 
         def velocity(x: Tensor, level: float) -> Tensor:
             levels = x.new_full((b, 1), level)
-            conditional = self.model(x, levels, actions, cache=self.cache)
-            if scale == 1 or actions is None:
-                return conditional
-            return guide(conditional, self.model(x, levels, None, cache=self.cache), scale)
+            made = self.model(x, levels, actions, cache=self.cache)
+            if scale != 1 and actions is not None:
+                made = guide(made, self.model(x, levels, None, cache=self.cache), scale)
+            tick()
+            return made
 
         latents = flow_euler(velocity, noise, flow_levels(self.sampler.steps, self.sampler.shift))
         self.observe(latents, actions)
         return latents
+
+
+def _ticker(progress: Callable[[int, int], None] | None, total: int) -> Callable[[], None]:
+    """A function that counts its calls and reports them."""
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    return tick
 
 
 def _generators(batch: int, seed: int) -> list[torch.Generator]:

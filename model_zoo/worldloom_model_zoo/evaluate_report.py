@@ -1,0 +1,189 @@
+"""An evaluation as a command: run once, found again, shown as a table and as an HTML page with videos."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from worldloom import media
+from worldloom.artifacts import Store, atomic_write, code_version
+from worldloom.errors import WorldloomError
+from worldloom.progress import progress
+from worldloom.shards import Dataset, open_dataset
+from worldloom_model_zoo.evaluate import (
+    BASELINE,
+    MODEL,
+    SHUFFLED,
+    TOKENIZER,
+    EvalConfig,
+    EvalResult,
+    Example,
+    evaluate,
+    identity,
+)
+
+if TYPE_CHECKING:
+    from worldloom.report import Report
+    from worldloom_model_zoo.predict.pipeline import PredictPipeline
+
+
+def run(pipeline: Any, name: str, data: str | Path, config: EvalConfig, out: str | Path) -> EvalResult:
+    """What ``worldloom eval`` does: measure, or find the finished measurement; write it, and record it.
+
+    Raises:
+        WorldloomError: as `evaluate`; also a model of another family.
+    """
+    from worldloom.generation import model_origin
+    from worldloom_model_zoo.predict.pipeline import PredictPipeline
+
+    if not isinstance(pipeline, PredictPipeline):
+        raise WorldloomError("eval measures models that predict video", got=name, do="give one of the predict family")
+    out, dataset = Path(out), open_dataset(data)
+    key = _key(pipeline, dataset, config)
+    if (found := _finished(out, key)) is not None:
+        return found
+    started = time.monotonic()
+    with progress("evaluating") as shown:
+        result = evaluate(pipeline, dataset, config, progress=shown)
+    plain = {"key": key, **result.to_dict()}
+    atomic_write(out / "metrics.json", json.dumps(plain, indent=1) + "\n")
+    store, inputs = Store(), [dataset.index.id]
+    if pipeline.ref is not None:
+        inputs.insert(0, model_origin(store, dataclasses.asdict(pipeline.ref)))
+    artifact = store.put(
+        out / "metrics.json", kind="evaluation", inputs=inputs, config=dataclasses.asdict(config), seed=config.seed
+    )
+    write_report(result, out / "report.html", name)
+    summary = {
+        "id": artifact.id,
+        "key": key,
+        "model": name,
+        "data": str(data),
+        **{k: plain[k] for k in ("psnr", "ssim", "gain", "action_sensitivity", "windows", "clips", "notes")},
+        "seconds": round(time.monotonic() - started, 2),
+        "report": str(out / "report.html"),
+        "code_version": code_version(),
+    }
+    atomic_write(out / "summary.json", json.dumps(summary, indent=1) + "\n")  # last: the evaluation is whole
+    return result
+
+
+def _key(pipeline: PredictPipeline, dataset: Dataset, config: EvalConfig) -> str:
+    facts = identity(pipeline)
+    model = (facts["model"] or {}).get("digest", "")
+    decides = [model, facts["tokenizer"], facts["sampler"], dataset.index.id, dataclasses.asdict(config)]
+    text = json.dumps([*decides, code_version(), str(pipeline.device)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _finished(out: Path, key: str) -> EvalResult | None:
+    try:
+        summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+        metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+        if summary["key"] != key or metrics.pop("key") != key or not (out / "report.html").is_file():
+            return None
+        return EvalResult.from_dict(metrics)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+_COLUMNS = ("", "PSNR dB", "PSNR of mean error dB", "SSIM")
+
+
+def table_rows(result: EvalResult) -> list[tuple[str, float, float, float]]:
+    """Rows under ("", PSNR, PSNR of mean error, SSIM), the model first."""
+    kinds = [kind for kind in (MODEL, BASELINE, SHUFFLED, TOKENIZER) if kind in result.psnr]
+    return [(kind, result.psnr[kind], result.psnr_of_mean_mse[kind], result.ssim[kind]) for kind in kinds]
+
+
+def print_table(result: EvalResult) -> None:
+    """The result on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for index, column in enumerate(_COLUMNS):
+        table.add_column(column, justify="right" if index else "left")
+    for kind, *values in table_rows(result):
+        table.add_row(kind, *(f"{value:.3f}" for value in values))
+    console = Console(highlight=False, markup=False)
+    console.print(table)
+    console.print(f"\nmodel minus repeat last frame  {result.gain:+.2f} dB")
+    if result.action_sensitivity is not None:
+        console.print(f"action sensitivity             {result.action_sensitivity:+.2f} dB")
+    console.print(
+        f"{result.windows} windows of {result.clips} clips, {result.config.context} frames given, "
+        f"{result.config.horizon} predicted, {result.frames_per_second:.3g} frames/s"
+    )
+    for note in result.notes:
+        console.print(note)
+
+
+# -- the report ------------------------------------------------------------------------------------------------------
+
+
+def write_report(result: EvalResult, path: str | Path, name: str) -> Path:
+    """A self-contained HTML page of one evaluation."""
+    from worldloom.report import Report
+
+    report = Report(f"Evaluation of {name}", f"{result.dataset['path']} ({result.dataset['id']})")
+    add_to_report(report, result)
+    return report.save(path)
+
+
+def add_to_report(report: Report, result: EvalResult, columns: int = 2) -> None:
+    """Figures, table, curve and videos of an evaluation, as blocks of a report."""
+    sensitivity = result.action_sensitivity
+    report.facts(
+        {
+            "PSNR of the model": f"{result.psnr[MODEL]:.2f} dB",
+            "over repeating the last frame": f"{result.gain:+.2f} dB",
+            "action sensitivity": "no actions" if sensitivity is None else f"{sensitivity:+.2f} dB",
+            "SSIM": f"{result.ssim[MODEL]:.3f}",
+        }
+    )
+    config = result.config
+    report.table(
+        _COLUMNS,
+        table_rows(result),
+        f"{result.windows} windows of {result.clips} clips: {config.context} frames given, {config.horizon} predicted",
+    )
+    for note in result.notes:
+        report.text(note)
+    curves = {kind: list(enumerate(values, start=1)) for kind, values in result.curves.items()}
+    report.line_chart("PSNR by distance", curves, "frames ahead", "dB")
+    if result.examples:
+        report.text(
+            "Truth, model, repeated last frame, from left to right. The bar above is grey over given frames and blue "
+            "over predicted ones."
+        )
+        videos = [(example.caption, side_by_side(example, config.context)) for example in result.examples]
+        report.videos(videos, columns=columns)
+    report.text(
+        "PSNR is the mean over frames and windows of each frame's PSNR (8-bit, all pixels and channels, error floored "
+        "at 1/12). Action sensitivity is the model's PSNR with the true actions minus its PSNR with another clip's. "
+        "The tokenizer row reconstructs the true frames: what the latents can express at best."
+    )
+
+
+def side_by_side(example: Example, context: int, fps: float = 8.0) -> bytes:
+    """MP4 of truth | model | baseline, enlarged to at least 192 pixels, slow enough to follow."""
+    scale = max(1, math.ceil(192 / min(example.truth.shape[1:3])))
+    panels = [x.repeat(scale, axis=1).repeat(scale, axis=2) for x in (example.truth, example.model, example.baseline)]
+    frames, height = panels[0].shape[:2]
+    bar, gap = 8, np.full((frames, height, 8, 3), 255, np.uint8)
+    row = np.concatenate([panels[0], gap, panels[1], gap, panels[2]], axis=2)
+    top = np.full((frames, bar, row.shape[2], 3), 170, np.uint8)
+    top[context:] = (37, 99, 235)
+    whole = np.concatenate([top, row], axis=1)
+    whole = whole[:, : whole.shape[1] // 2 * 2, : whole.shape[2] // 2 * 2]  # what browsers play is 4:2:0
+    data = media.write_video(None, whole, fps, crf=20)
+    assert data is not None
+    return data
