@@ -43,7 +43,8 @@ def test_cuts_are_those_of_the_detector_itself() -> None:
     expected: list[int] = []
     for i, frame in enumerate(frames):
         expected += [
-            cut.frame_num for cut in detector.process_frame(FrameTimecode(i, 20.0), cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+            cut.frame_num
+            for cut in detector.process_frame(FrameTimecode(i, 20.0), cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
         ]
     assert len(expected) >= 4
     assert find_cuts(scores(frames), SplitConfig()) == expected
@@ -55,7 +56,9 @@ def test_other_thresholds_find_other_cuts() -> None:
     assert find_cuts(content, SplitConfig(adaptive_threshold=0.0, min_content=0.0))[:3] == [0, 1, 2]
 
 
-def spans_of(config: SplitConfig, frames: int, cuts: list[int], fps: float = 20.0, recorded: bool = False) -> list[tuple]:
+def spans_of(
+    config: SplitConfig, frames: int, cuts: list[int], fps: float = 20.0, recorded: bool = False
+) -> list[tuple]:
     source = Source("a.mp4", "/a.mp4", "0" * 64, "key", index=0 if recorded else None)
     content = np.zeros(frames, np.float32)
     content[cuts] = 99.0

@@ -110,7 +110,9 @@ def caption(span: Span, config: CaptionConfig | None = None) -> str:
 
 def test_the_caption_of_an_episode_names_view_world_and_actions_of_its_span() -> None:
     whole = Span(EPISODE, 0, 10, 10.0)
-    assert caption(whole) == "first-person view, VizdoomMyWayHome, actions: noop, move forward and turn left, turn right"
+    assert (
+        caption(whole) == "first-person view, VizdoomMyWayHome, actions: noop, move forward and turn left, turn right"
+    )
     # Frames 0 to 5 carry actions 0 to 4: no NOOP among them.
     assert caption(replace(whole, end=6)).endswith("actions: move forward and turn left, turn right")
     assert caption(whole, CaptionConfig(most_actions=1)).endswith("actions: noop")
