@@ -10,7 +10,7 @@ from typing import Any
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from worldloom.errors import missing_extra
@@ -20,8 +20,10 @@ from worldloom_finetune.config import TrainerConfig
 class AnyDeviceDeepSpeed(DeepSpeedStrategy):
     """Lightning's DeepSpeed strategy without its CUDA-only gate.
 
-    On CUDA every method is Lightning's own. On CPU three steps differ: the environment is set up as DDP does it, no
-    device index is looked up, and ``deepspeed.initialize`` gets device rank 0 (the CPU has no index).
+    On CUDA every method is Lightning's own, with one correction: Lightning divides the loss by the number of accumulated
+    micro-batches and DeepSpeed does so again (2.6.6 with 0.19.8), which clips at the wrong norm. On CPU three steps
+    differ: the environment is set up as DDP does it, no device index is looked up, and ``deepspeed.initialize`` gets
+    device rank 0 (the CPU has no index).
     """
 
     @property
@@ -59,6 +61,9 @@ class AnyDeviceDeepSpeed(DeepSpeedStrategy):
             dist_init_required=False,
         )
         return engine, ds_optimizer
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        return super().backward(closure_loss, optimizer, *args, **{**kwargs, "scale_wrt_gas": False})
 
 
 def build(config: TrainerConfig, batch_size: int, *, cpu: bool, unused: bool = False) -> Strategy | str:

@@ -160,20 +160,18 @@ def _attempt(run: dict[str, Any], kill_after: float | None) -> str:
 
 def main(path: str) -> None:
     """Carry out the runs of a JSON file and print what became of them."""
-    import lightning.pytorch
-
-    from worldloom_finetune import export, module, strategy, world
 
     runs = json.loads(Path(path).read_text())
     if any("deepspeed" in setting for run in runs for setting in run["set"]):
         os.environ["DS_ACCELERATOR"] = "cpu"
-        import deepspeed
-    results, length = [], 0.0
+    results, first, length = [], 0.0, 0.0
     for run in runs:
         rng, killed, stages = random.Random(run["seed"]), 0, []
         while True:
             began = time.monotonic()
-            kill_after = rng.uniform(0.02, 0.9) * length if killed < run["kills"] else None
+            # From the set-up of the run to a few checkpoints on, so that the kills are spread over the whole run.
+            share = (length - first) / max(run["kills"], 1)
+            kill_after = rng.uniform(0.5 * first, first + 1.5 * share) if killed < run["kills"] else None
             outcome = _attempt(run, kill_after)
             pointer = Path(run["out"]) / "checkpoints" / "latest"
             stages.append(pointer.read_text() if pointer.is_file() else "")
@@ -181,7 +179,8 @@ def main(path: str) -> None:
                 break
             killed += 1
         if not killed:
-            length = max(length, time.monotonic() - began)
+            length = time.monotonic() - began
+            first = min(p.stat().st_ctime for p in Path(run["out"]).glob("config.toml")) - (time.time() - length)
         results.append({"killed": killed, "latest": stages})
     print(json.dumps(results))
 
