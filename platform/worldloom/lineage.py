@@ -22,12 +22,12 @@ _SHOWN = 12
 
 @dataclass(frozen=True)
 class Node:
-    """One artifact, or one leaf: a source file, a shipped model, or a record that is not in this store."""
+    """One artifact, or one leaf: a source file, a simulator, a shipped model, or a record that is not in this store."""
 
     id: str
     """Artifact id, or the input string of a leaf."""
     kind: str
-    """The artifact's kind; ``file``, ``shipped`` or ``missing`` for a leaf."""
+    """The artifact's kind; ``file``, ``simulator``, ``shipped`` or ``missing`` for a leaf."""
     label: str
     """Name for people."""
     digest: str
@@ -60,8 +60,10 @@ def _walk(store: Store, key: str, seen: dict[str, Node], path: tuple[str, ...]) 
 def _leaf(text: str) -> Node | None:
     if found := re.fullmatch(r"file:([0-9a-f]{64}):(.+)", text, re.S):
         return Node(text, "file", found[2], found[1])
-    if found := re.fullmatch(r"model:(.+)@([0-9a-f]{64})", text):
+    if found := re.fullmatch(r"(?:model|tokenizer):(.+)@([0-9a-f]{64})", text):
         return Node(text, "shipped", found[1], found[2])
+    if found := re.fullmatch(r"env:(.+)", text, re.S):
+        return Node(text, "simulator", found[1], "")
     return None
 
 
