@@ -162,7 +162,7 @@ def write_video(
     lossless: bool = False,
     crf: int = 18,
 ) -> bytes | None:
-    """Encode uint8 RGB frames as MP4 (H.264). Equal frames give equal bytes.
+    """Encode uint8 RGB frames as MP4 (H.264). Equal frames give equal bytes (by one PyAV wheel on one kind of CPU).
 
     ``lossless`` stores RGB exactly (4:4:4, quantiser 0; browsers do not play it). Otherwise 4:2:0, or 4:4:4 where the
     width or the height is odd, since 4:2:0 cannot hold those.

@@ -123,9 +123,10 @@ def test_sticky_holds_actions(policy: Any, hold: float, mean: float, tmp_path: P
     assert 1000 / changes == pytest.approx(mean, rel=0.12)
 
 
-def test_vizdoom(tmp_path: Path) -> None:
+def test_vizdoom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("vizdoom")
-    before = sorted(item.name for item in Path.cwd().iterdir())
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     dataset = made("VizdoomMyWayHome-v1", 2, tmp_path / "a", frame_skip=2)
     assert (dataset.index.fps, dataset.index.size, dataset.index.frames) == (17.5, (24, 32), 26)
     assert dataset.index.metadata["action_names"][0] == "NOOP"
@@ -144,7 +145,8 @@ def test_vizdoom(tmp_path: Path) -> None:
     again = made("VizdoomMyWayHome-v1", 2, tmp_path / "b", frame_skip=2)
     assert tree_digest(again.root / "shards") == tree_digest(dataset.root / "shards")
     assert again.index.id == dataset.index.id
-    assert sorted(item.name for item in Path.cwd().iterdir()) == before  # the engine litters where it starts
+    assert not list((tmp_path / "here").iterdir())  # the engine litters where it starts
+    assert Path.cwd() == tmp_path / "here"
 
 
 def test_vizdoom_actions_replay_to_the_same_frames(tmp_path: Path) -> None:

@@ -289,7 +289,10 @@ def test_decoding_before_a_fork_does_not_hang_the_child(tmp_path: Path) -> None:
     code = (
         "import os, sys, threading\n"
         "from worldloom import media\n"
+        "import av, numpy\n"
+        "threads = len(os.listdir('/proc/self/task')) if sys.platform == 'linux' else 0\n"
         "held = media.iter_frames(sys.argv[1]); next(held)\n"
+        "assert threads in (0, len(os.listdir('/proc/self/task'))), 'the decoder started threads'\n"
         "for _ in range(4):\n"
         "    pid = os.fork()\n"
         "    if pid == 0:\n"

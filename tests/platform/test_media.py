@@ -192,6 +192,27 @@ def test_time_stamps_that_lie_do_not_shift_frames() -> None:
     np.testing.assert_array_equal(media.read_frames(lying, 70, 75), whole[70:75])
 
 
+def test_frames_that_an_edit_list_hides_are_not_counted() -> None:
+    """Cut by a player without re-encoding: the packets before the cut are there, decode, and are not shown."""
+    data = encode(scene(140, 64, 96), "libx264", "mp4", {"bf": "2", "g": "20"})
+    whole = media.read_frames(data)
+    buffer = io.BytesIO()
+    with (
+        av.open(io.BytesIO(data)) as source,
+        av.open(buffer, "w", format="mp4", options={"avoid_negative_ts": "disabled"}) as out,
+    ):
+        stream = out.add_stream_from_template(source.streams.video[0])
+        shift = 7 * int(1 / (25 * source.streams.video[0].time_base))
+        for packet in source.demux(source.streams.video[0]):
+            if packet.size and packet.pts is not None and packet.dts is not None:
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, stream
+                out.mux(packet)
+    shown = media.read_frames(buffer.getvalue())
+    np.testing.assert_array_equal(shown, whole[7:])
+    for start in (64, 66, 100):
+        np.testing.assert_array_equal(media.read_frames(buffer.getvalue(), start, start + 3), shown[start : start + 3])
+
+
 def test_variable_frame_rate_counts_frames() -> None:
     frames = scene(30)
     buffer = io.BytesIO()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import textwrap
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,14 @@ def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
     assert first.index == second.index  # ids and digests included
     for ref in first.index.shards:
         assert (first.root / ref.path).read_bytes() == (second.root / ref.path).read_bytes()
+    with tarfile.open(first.root / "shards" / "000000.tar") as tar:
+        infos = tar.getmembers()
+    assert [info.name for info in infos] == sorted(info.name for info in infos)
+    assert {(info.mtime, info.uid, info.gid, info.uname, info.gname, info.mode) for info in infos} == {
+        (0, 0, 0, "", "", 0o644)
+    }
+    with zipfile.ZipFile(io.BytesIO(pack(sample(0))["depth.npz"])) as archive:
+        assert archive.infolist()[0].date_time == (1980, 1, 1, 0, 0, 0)
 
 
 names = st.text("abcXYZ019_-", min_size=1, max_size=20)
