@@ -125,8 +125,11 @@ class PredictCheckpoint:
 
 
 def nano(action_dim: int = 0) -> PredictConfig:
-    """The small causal world model that ships: trains and runs on two CPU cores."""
-    return PredictConfig(action_dim=action_dim)
+    """The small causal world model that ships: trains and runs on two CPU cores.
+
+    A frame sees five latent frames, itself included, in training as in a rollout: so a rollout may go on for ever.
+    """
+    return PredictConfig(width=192, heads=3, action_dim=action_dim, action_hidden=192, window=5)
 
 
 def tiny(action_dim: int = 0) -> PredictConfig:
