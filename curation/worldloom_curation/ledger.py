@@ -102,7 +102,8 @@ def accounts(rows: Iterable[Decision]) -> dict[str, Account]:
 
 
 def rows_about(rows: Sequence[Decision], what: str) -> list[Decision]:
-    """The rows of a clip id (or a unique beginning of one of at least 4 characters) or of a source file.
+    """The rows of a clip id (or a unique beginning of one of at least 4 characters) of a source file, or of a
+    recorded dataset (all its episodes).
 
     Raises:
         WorldloomError: nothing matches, or several do.
@@ -111,6 +112,8 @@ def rows_about(rows: Sequence[Decision], what: str) -> list[Decision]:
     if what in sources:
         return [row for row in rows if row.source == what]
     name = Path(what).as_posix().removeprefix("./")
+    if any(source.startswith(f"{name}#") for source in sources):
+        return [row for row in rows if row.source.startswith(f"{name}#")]
     matching = sorted(
         source for source in sources if source == name or source.endswith("/" + name) or name.endswith("/" + source)
     )
@@ -125,7 +128,9 @@ def rows_about(rows: Sequence[Decision], what: str) -> list[Decision]:
             raise WorldloomError("several clips begin so", got=what, do=f"name one: {', '.join(begins[:8])}")
         what = begins[0] if begins else what
     if what not in ids:
-        raise WorldloomError("the ledger has no such clip or source", got=what, do=_near(what, sorted(sources | ids)))
+        raise WorldloomError(
+            "the ledger has no such clip or source", got=what, do=_near(what, [*sorted(sources), *sorted(ids)])
+        )
     return [row for row in rows if row.clip_id == what]
 
 

@@ -348,18 +348,20 @@ def _sample(this: Run, span: Span, size: tuple[int, int], frames: int, episode: 
         video = this.cache.path("clips", clip_key(span, size, this.config.write), ".mp4").read_bytes()
     arrays = write.cut_arrays(episode.arrays, span, frames) if episode is not None else {}
     facts = {name: value for name, value in span.source.facts.items() if name != "caption"}
+    start, end = span.source.original(span.start, span.end)
     clip = Clip(
         id=span.id,
         source=span.source.name,
         source_digest=span.source.digest,
-        start=span.source.offset + span.start,
-        end=span.source.offset + span.end,
+        start=start,
+        end=end,
         fps=span.fps / span.step,
         width=size[1],
         height=size[0],
         caption=span.caption,
         action_dim=int(arrays["actions"].shape[1]) if "actions" in arrays else 0,
-        metadata={**facts, **span.notes, **({"step": span.step} if span.step > 1 else {})},
+        metadata={**facts, **span.notes},
+        step=span.step * (span.source.cut_from or (0, 0, 1))[2],
     )
     return ShardSample(clip, video, arrays)
 

@@ -113,7 +113,7 @@ def _episodes(root: Path, name: str) -> tuple[list[Source], list[str]]:
                 digest=clip.source_digest,
                 key=_episode_key(sample),
                 index=index,
-                offset=clip.start,
+                cut_from=(clip.start, clip.end, clip.step),
                 facts={**clip.metadata, **({"caption": clip.caption} if clip.caption else {})},
                 actions=sample.arrays.get("actions"),
             )

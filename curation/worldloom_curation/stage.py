@@ -37,8 +37,8 @@ class Source:
     """sha256 (hex) of everything a result can depend on: the video, and an episode's arrays and facts."""
     index: int | None = None
     """Position of the episode in its dataset; None for a file."""
-    offset: int = 0
-    """Frame of the original source that is frame 0 here; an episode that was itself cut from something has one."""
+    cut_from: tuple[int, int, int] | None = None
+    """(start, end, step) in the original source of an episode that was itself cut from something."""
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any], compare=False)
     """What the recorder wrote about an episode (environment, action names, ...); empty for a file."""
     actions: np.ndarray | None = field(default=None, compare=False)
@@ -50,6 +50,13 @@ class Source:
     def recorded(self) -> bool:
         """True for an episode: it has actions, and its pixels are exact."""
         return self.index is not None
+
+    def original(self, start: int, end: int) -> tuple[int, int]:
+        """Frames ``[start, end)`` in the numbering of the original source, the one that `digest` names."""
+        if self.cut_from is None:
+            return start, end
+        first, last, step = self.cut_from
+        return first + start * step, min(first + end * step, last)
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ class Span:
     @property
     def id(self) -> str:
         """`worldloom.schema.clip_id` of the span."""
-        return clip_id(self.source.digest, self.source.offset + self.start, self.source.offset + self.end)
+        return clip_id(self.source.digest, *self.source.original(self.start, self.end))
 
     @property
     def frames(self) -> int:

@@ -46,11 +46,13 @@ class Clip:
     """Size of the action vector, 0 where the clip carries none."""
     metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Facts about the recording (env id, seed, action names, ...), JSON-serialisable."""
+    step: int = 1
+    """Every how many frames of the span the clip takes one, from the first on."""
 
     @property
     def frames(self) -> int:
-        """Number of frames of the span."""
-        return self.end - self.start
+        """Number of frames of the clip."""
+        return -(-(self.end - self.start) // self.step)
 
 
 @dataclass(frozen=True)

@@ -262,7 +262,9 @@ def test_thinned_clips_of_one_plus_four_k_frames(tmp_path: Path) -> None:
     [sample] = open_dataset(tmp_path / "out")
     assert sample.video is not None
     assert len(media.read_frames(sample.video)) == 25
-    assert (sample.clip.fps, sample.clip.metadata["step"]) == (10.0, 3)
+    clip = sample.clip
+    assert (clip.fps, clip.step, clip.start, clip.end, clip.frames) == (10.0, 3, 0, 75, 25)
+    assert open_dataset(tmp_path / "out").index.frames == 25
     stored, original = media.read_frames(sample.video), media.read_frames(tmp_path / "videos" / "a.mp4", stride=3)
     assert np.abs(stored.astype(int) - original[:25]).mean() < 4
 

@@ -138,3 +138,15 @@ def test_videos_and_episodes_do_not_mix(recorded: Path, tmp_path: Path) -> None:
     (root / "set" / "shards").symlink_to(recorded / "shards")
     with pytest.raises(WorldloomError, match="must have one action size"):
         run(root, tmp_path / "out")
+
+
+def test_thinned_clips_that_are_curated_again_keep_their_place_in_the_source(tmp_path: Path) -> None:
+    write(tmp_path / "videos" / "a", scene(1, 100), fps=30)
+    run(tmp_path / "videos", tmp_path / "one", settings("split.fps=10"))
+    run(tmp_path / "one", tmp_path / "whole")
+    [before], [after] = open_dataset(tmp_path / "one"), open_dataset(tmp_path / "whole")
+    assert (after.clip.id, after.video) == (before.clip.id, before.video)
+    assert (after.clip.start, after.clip.end, after.clip.step) == (0, 100, 3)
+    run(tmp_path / "one", tmp_path / "cut", settings("split.recorded=fixed", "split.max_frames=17"))
+    clips = list(open_dataset(tmp_path / "cut").clips())
+    assert [(clip.start, clip.end, clip.step, clip.frames) for clip in clips] == [(0, 51, 3, 17), (51, 100, 3, 17)]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -124,7 +125,7 @@ def test_the_verdicts_cover_every_frame_once(
     spans = spans_of(config, frames, [cut for cut in cuts if cut < frames])
     assert spans[0][0] == 0
     assert spans[-1][1] == frames
-    for before, after in zip(spans, spans[1:], strict=False):
+    for before, after in pairwise(spans):
         assert before[1] == after[0]
     for start, end, kept, length in spans:
         assert end > start

@@ -110,12 +110,11 @@ def caption(span: Span, config: CaptionConfig | None = None) -> str:
 
 def test_the_caption_of_an_episode_names_view_world_and_actions_of_its_span() -> None:
     whole = Span(EPISODE, 0, 10, 10.0)
-    assert (
-        caption(whole) == "first-person view, VizdoomMyWayHome, actions: noop, move forward and turn left, turn right"
-    )
-    # Frames 0 to 5 carry actions 0 to 4: no NOOP among them.
-    assert caption(replace(whole, end=6)).endswith("actions: move forward and turn left, turn right")
-    assert caption(whole, CaptionConfig(most_actions=1)).endswith("actions: noop")
+    assert caption(whole) == "first-person view, VizdoomMyWayHome, actions: move forward and turn left, turn right"
+    # Frames 4 to 9 carry actions 4 to 8: one turn to the right, and nothing after it.
+    assert caption(replace(whole, start=4)).endswith("actions: turn right")
+    assert caption(replace(whole, start=5)) == "first-person view, VizdoomMyWayHome"
+    assert caption(whole, CaptionConfig(most_actions=1)).endswith("actions: move forward and turn left")
 
 
 def test_the_caption_leaves_out_what_is_not_known() -> None:

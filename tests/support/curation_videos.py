@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -38,7 +39,7 @@ def write(path: Path, frames: np.ndarray, codec: str = "h264", fps: int = 20) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     options = {"crf": "20", "b": "0", "cpu-used": "8"} if codec == "vp9" else {}
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(encoder, rate=Fraction(fps), options=options)
+        stream: Any = container.add_stream(encoder, rate=Fraction(fps), options=options)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pixels
         stream.codec_context.thread_count = 1
         if codec in ("mpeg4", "mjpeg", "mpeg2"):

@@ -47,14 +47,14 @@ def frequent_actions(actions: np.ndarray, names: Sequence[str], start: int, end:
     """Names of the actions taken in frames ``[start, end)``, the most frequent first.
 
     ``(T-1, a)`` with one name per column: an action counts where its column is at least half on. Columns of another
-    kind (continuous controls) have no names that a sentence could use, and give nothing.
+    kind (continuous controls) have no names that a sentence could use, and give nothing. Doing nothing is no action.
     """
     taken = actions[start : max(start, end - 1)]
     if len(names) != taken.shape[-1] or not len(taken) or not np.isin(taken, (0.0, 1.0)).all():
         return []
     counts = (taken > 0.5).sum(axis=0)
     order = sorted(range(len(names)), key=lambda i: (-int(counts[i]), i))
-    return [str(names[i]) for i in order if counts[i]]
+    return [str(names[i]) for i in order if counts[i] and names[i].lower() != "noop"]
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
