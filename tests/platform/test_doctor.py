@@ -14,7 +14,7 @@ from worldloom import doctor
 def _doctor(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
     environment = dict(os.environ)
     if path is not None:
-        environment["PYTHONPATH"] = str(path)
+        environment["PYTHONPATH"] = os.pathsep.join([str(path), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "worldloom", "doctor", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 

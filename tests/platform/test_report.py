@@ -77,6 +77,7 @@ def test_every_string_is_escaped_and_every_tag_closed() -> None:
     assert script == {}
     assert page.text.count(EVIL) == 19
     assert {attributes["alt"] for attributes in page.all("img")} == {EVIL}
+    assert {attributes["aria-label"] for attributes in page.all("video")} == {EVIL}
 
 
 def test_nothing_is_fetched() -> None:
@@ -159,6 +160,27 @@ def test_videos_are_embedded_and_small_ones_stay_sharp() -> None:
     assert prefix == "data:video/mp4;base64"
     assert base64.b64decode(data) == small
     assert any(div.get("style") == "--columns:3" for div in page.all("div"))
+
+
+def box(kind: bytes, *parts: bytes) -> bytes:
+    body = b"".join(parts)
+    return (len(body) + 8).to_bytes(4, "big") + kind + body
+
+
+def test_the_size_is_that_of_the_first_track_that_has_one() -> None:
+    def track(width: int, height: int) -> bytes:
+        return box(
+            b"trak", box(b"tkhd", bytes(76), (width << 16).to_bytes(4, "big"), (height << 16).to_bytes(4, "big"))
+        )
+
+    video = box(b"moov", track(0, 0), track(320, 240))  # sound first
+    [tag] = Page(Report("T").videos([("x", video)]).html()).all("video")
+    assert (tag["width"], tag["height"]) == ("320", "240")
+
+
+def test_a_box_that_claims_no_length_ends_the_search() -> None:
+    stuck = (1).to_bytes(4, "big") + b"free" + bytes(8) + box(b"moov")  # a 64-bit size of 0
+    Page(Report("T").videos([("x", stuck)]).html())
 
 
 @given(st.binary(max_size=200), st.booleans())
