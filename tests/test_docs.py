@@ -123,6 +123,7 @@ def test_a_wrong_command_would_be_caught(line: str) -> None:
 SETTINGS = {
     "curate run": "worldloom_curation.config:CurateConfig",
     "finetune": "worldloom_finetune.config:FinetuneConfig",
+    "quickstart": "worldloom_finetune.quickstart:QuickstartConfig",
 }
 SETS = [
     (line, reader)
