@@ -79,12 +79,17 @@ class Simulator:
         entry = _entry_point(gymnasium, env_id)
         self.family = next((name for name in ("vizdoom", "ale_py", "mujoco") if name in entry.partition(":")[0]), "")
         options: dict[str, Any] = {"disable_env_checker": True}
-        self._scratch = tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-")
+        self._scratch = contextlib.ExitStack()
+        self._folder = ""
+        if self.family in ("vizdoom", "mujoco"):
+            self._folder = self._scratch.enter_context(
+                tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-", ignore_cleanup_errors=True)
+            )
         self._started = False
         if self.family == "vizdoom":
             _end_orphans()
             self.classes = ["wall", "floor or ceiling"]
-            options |= {"doom_config_path": str(Path(self._scratch.name) / "vizdoom.ini")}
+            options |= {"doom_config_path": str(Path(self._folder) / "vizdoom.ini")}
             options |= {"depth_buffer_enabled": depth, "labels_buffer_enabled": segmentation}
             options |= {"frame_skip": frame_skip} if frame_skip else {}
             self._look: Callable[[Any], View | None] = self._look_vizdoom
@@ -101,7 +106,7 @@ class Simulator:
             with self._engine_folder():
                 self.env: Any = gymnasium.make(env_id, **options)
         except Exception as error:  # any package may raise anything while it builds its world
-            self._scratch.cleanup()
+            self._scratch.close()
             raise WorldloomError(
                 "the environment cannot be made",
                 got=f"{env_id}: {type(error).__name__}: {error}",
@@ -119,7 +124,7 @@ class Simulator:
 
     def close(self) -> None:
         self.env.close()
-        self._scratch.cleanup()
+        self._scratch.close()
 
     @property
     def fps(self) -> float:
@@ -235,11 +240,11 @@ class Simulator:
     @contextlib.contextmanager
     def _engine_folder(self) -> Iterator[None]:
         """Let engines that write settings and logs into the working directory start in the scratch folder."""
-        if self.family not in ("vizdoom", "mujoco") or self._started:
+        if not self._folder or self._started:
             yield
             return
         before = Path.cwd()
-        os.chdir(self._scratch.name)
+        os.chdir(self._folder)
         try:
             yield
         finally:
