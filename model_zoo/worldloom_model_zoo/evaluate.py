@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from worldloom import media
-from worldloom.errors import WorldloomError, missing_extra
+from worldloom.compare import mse, psnr, ssim
+from worldloom.errors import WorldloomError
 from worldloom.schema import Clip
 from worldloom.shards import Dataset, open_dataset
 
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from worldloom_model_zoo.predict.pipeline import PredictPipeline
 
 MODEL, BASELINE, SHUFFLED, TOKENIZER = "model", "repeat last frame", "model, shuffled actions", "tokenizer"
-_MSE_FLOOR = 1 / 12
-_SSIM_WINDOW = 11
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,6 @@ def evaluate(
     import torch
 
     config = config or EvalConfig()
-    ssim = _ssim_function()
     dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
     _check(pipeline, dataset, config)
     windows = plan(dataset, config, select)
@@ -180,7 +178,7 @@ def evaluate(
     given = {"steps": config.steps, "guidance_scale": config.guidance_scale}
     sampler = dataclasses.replace(pipeline.sampler, **{k: v for k, v in given.items() if v is not None})
 
-    tally = _Tally(ssim)
+    tally = _Tally()
     shown = set(np.linspace(0, len(windows) - 1, min(config.videos, len(windows))).round().astype(int).tolist())
     examples: list[Example] = []
     length, sampling = config.context + config.horizon, 0.0
@@ -211,15 +209,15 @@ def evaluate(
         if progress is not None:
             progress(first + len(truth), len(windows))
 
-    psnr = tally.psnr()
+    means = tally.psnr()
     if exact := tally.exact(BASELINE):
         notes.append(f"{exact:.1%} of the predicted frames equal the last context frame and give the baseline 58.9 dB.")
     return EvalResult(
-        psnr=psnr,
+        psnr=means,
         psnr_of_mean_mse=tally.psnr_of_mean_mse(),
         ssim=tally.ssim(),
         curves=tally.curves(),
-        action_sensitivity=psnr[MODEL] - psnr[SHUFFLED] if SHUFFLED in psnr else None,
+        action_sensitivity=means[MODEL] - means[SHUFFLED] if SHUFFLED in means else None,
         windows=len(windows),
         clips=len({window.clip for window in windows}),
         frames_per_second=len(windows) * config.horizon / max(sampling, 1e-9),
@@ -295,8 +293,6 @@ def _check(pipeline: PredictPipeline, dataset: Dataset, config: EvalConfig) -> N
             do=f"use context {max((config.context - 1) // ratio, 0) * ratio + 1}, horizon "
             f"{max(config.horizon // ratio, 1) * ratio}",
         )
-    if min(pipeline.config.height, pipeline.config.width) < _SSIM_WINDOW:
-        raise WorldloomError(f"SSIM needs frames of at least {_SSIM_WINDOW} pixels", got=pipeline.config.height)
 
 
 def _actions(
@@ -358,17 +354,15 @@ def _repeat_last(truth: np.ndarray, context: int) -> np.ndarray:
 class _Tally:
     """Errors of every kind of prediction, frame by frame."""
 
-    def __init__(self, ssim: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
-        self._measure_ssim = ssim
+    def __init__(self) -> None:
         self._mse: dict[str, list[np.ndarray]] = {}
         self._similarity: dict[str, list[np.ndarray]] = {}
 
     def add(self, truth: np.ndarray, made: dict[str, np.ndarray]) -> None:
         """A batch: uint8 ``(b, horizon, H, W, 3)``."""
         for kind, frames in made.items():
-            error = np.square(frames.astype(np.float32) - truth).mean(axis=(2, 3, 4), dtype=np.float64)
-            self._mse.setdefault(kind, []).extend(error)
-            self._similarity.setdefault(kind, []).extend(self._measure_ssim(frames, truth))
+            self._mse.setdefault(kind, []).extend(mse(frames, truth))
+            self._similarity.setdefault(kind, []).extend(ssim(frames, truth))
 
     def of_window(self, row: int) -> dict[str, float]:
         """Mean PSNR of one window."""
@@ -389,29 +383,6 @@ class _Tally:
     def exact(self, kind: str) -> float:
         """Share of frames without any error."""
         return float((np.stack(self._mse[kind]) == 0).mean())
-
-
-def psnr(mse: np.ndarray | float) -> np.ndarray:
-    """Peak signal-to-noise ratio in dB of a mean squared error of 8-bit frames, floored at the error of rounding."""
-    return 10 * np.log10(255.0**2 / np.maximum(mse, _MSE_FLOOR))
-
-
-def _ssim_function() -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """SSIM of uint8 ``(b, t, H, W, 3)`` pairs -> ``(b, t)``."""
-    try:
-        from torchmetrics.functional.image import structural_similarity_index_measure
-    except ImportError as error:
-        raise missing_extra("torchmetrics", "eval") from error
-    import torch
-
-    def measure(made: np.ndarray, truth: np.ndarray) -> np.ndarray:
-        # (b, t, H, W, 3) -> (b*t, 3, H, W)
-        pair = [torch.from_numpy(x).flatten(0, 1).permute(0, 3, 1, 2).float() for x in (made, truth)]
-        values = structural_similarity_index_measure(pair[0], pair[1], data_range=255.0, reduction="none")
-        assert isinstance(values, torch.Tensor)
-        return values.reshape(made.shape[:2]).double().numpy()
-
-    return measure
 
 
 def identity(pipeline: PredictPipeline) -> dict[str, Any]:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from worldloom import media
 from worldloom.artifacts import Store, atomic_write, code_version
+from worldloom.compare import side_by_side
 from worldloom.errors import WorldloomError
 from worldloom.progress import progress
 from worldloom.shards import Dataset, open_dataset
@@ -24,7 +21,6 @@ from worldloom_model_zoo.evaluate import (
     TOKENIZER,
     EvalConfig,
     EvalResult,
-    Example,
     evaluate,
     identity,
 )
@@ -164,26 +160,13 @@ def add_to_report(report: Report, result: EvalResult, columns: int = 2) -> None:
             "Truth, model, repeated last frame, from left to right. The bar above is grey over given frames and blue "
             "over predicted ones."
         )
-        videos = [(example.caption, side_by_side(example, config.context)) for example in result.examples]
+        videos = [
+            (shown.caption, side_by_side((shown.truth, shown.model, shown.baseline), config.context))
+            for shown in result.examples
+        ]
         report.videos(videos, columns=columns)
     report.text(
         "PSNR is the mean over frames and windows of each frame's PSNR (8-bit, all pixels and channels, error floored "
         "at 1/12). Action sensitivity is the model's PSNR with the true actions minus its PSNR with another clip's. "
         "The tokenizer row reconstructs the true frames: what the latents can express at best."
     )
-
-
-def side_by_side(example: Example, context: int, fps: float = 8.0) -> bytes:
-    """MP4 of truth | model | baseline, enlarged to at least 192 pixels, slow enough to follow."""
-    scale = max(1, math.ceil(192 / min(example.truth.shape[1:3])))
-    panels = [x.repeat(scale, axis=1).repeat(scale, axis=2) for x in (example.truth, example.model, example.baseline)]
-    frames, height = panels[0].shape[:2]
-    bar, gap = 8, np.full((frames, height, 8, 3), 255, np.uint8)
-    row = np.concatenate([panels[0], gap, panels[1], gap, panels[2]], axis=2)
-    top = np.full((frames, bar, row.shape[2], 3), 170, np.uint8)
-    top[context:] = (37, 99, 235)
-    whole = np.concatenate([top, row], axis=1)
-    whole = whole[:, : whole.shape[1] // 2 * 2, : whole.shape[2] // 2 * 2]  # what browsers play is 4:2:0
-    data = media.write_video(None, whole, fps, crf=20)
-    assert data is not None
-    return data

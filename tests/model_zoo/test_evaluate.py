@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from worldloom import media
 from worldloom.artifacts import Store
 from worldloom.cli import main
+from worldloom.compare import psnr, side_by_side, ssim
 from worldloom.errors import WorldloomError
 from worldloom.loading import load_model
 from worldloom.shards import Dataset
@@ -30,7 +31,6 @@ from worldloom_model_zoo.evaluate import (
     derangement,
     evaluate,
     plan,
-    psnr,
 )
 
 CONFIG = EvalConfig(horizon=8, context=5, clips=0, batch_size=3, videos=2)
@@ -79,10 +79,8 @@ def test_the_figures_are_those_of_a_plain_computation(folder: Path, dataset: Dat
 
 def test_ssim_agrees_with_the_papers_formula(result: EvalResult) -> None:
     """One frame's SSIM from Wang et al. 2004, eq. 13, Gaussian windows, borders reflected."""
-    from worldloom_model_zoo.evaluate import _ssim_function
-
     a, b = (tiny_models.moving_square(1, seed)[0] for seed in (1, 2))
-    found = _ssim_function()(a[None, None], b[None, None])
+    found = ssim(a[None, None], b[None, None])
     x = np.arange(11) - 5
     line = np.exp(-(x**2) / (2 * 1.5**2))
     kernel = np.outer(line, line) / line.sum() ** 2
@@ -100,7 +98,7 @@ def test_ssim_agrees_with_the_papers_formula(result: EvalResult) -> None:
         values.append((2 * mp * mq + c1) * (2 * cov + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2)))
     assert found.shape == (1, 1)
     assert found[0, 0] == pytest.approx(np.mean(values), abs=1e-4)
-    same = _ssim_function()(a[None, None], a[None, None])
+    same = ssim(a[None, None], a[None, None])
     assert same[0, 0] == pytest.approx(1.0, abs=1e-6)
     assert all(0 < value <= 1 for value in result.ssim.values())
 
@@ -245,10 +243,8 @@ def test_the_command_writes_figures_and_a_report_once(
 
 
 def test_the_report_shows_truth_model_and_baseline_side_by_side(result: EvalResult) -> None:
-    from worldloom_model_zoo.evaluate_report import side_by_side
-
     example = result.examples[0]
-    data = side_by_side(example, 5)
+    data = side_by_side((example.truth, example.model, example.baseline), given=5)
     info = media.probe(data, count=True)
     assert (info.frames, info.pix_fmt) == (13, "yuv420p")
     assert info.width >= 3 * 192
