@@ -128,6 +128,7 @@ def run(
     job = plan(config, cache)
     config, stages = prepare(job.config)
     with _alone(out):
+        _sweep(out)
         this = Run(out, config, stages, cache, job, progress)
         scans = _scan(this, sources)
         spans = _probe_verdicts(this, sources, scans)
@@ -422,6 +423,12 @@ def _summary(this: Run, src: str | Path, rows: Sequence[Decision]) -> dict[str, 
 def _tally(summary: Mapping[str, Any]) -> str:
     parts = [f"{count} dropped by {stage}" for stage, count in summary["dropped"].items() if count]
     return ", ".join([*parts, f"{summary['failed']} failed"] if summary["failed"] else parts)
+
+
+def _sweep(out: Path) -> None:
+    """Remove what a killed run was in the middle of writing."""
+    for torn in (*out.glob("*.worldloom-tmp*"), *(out / ".cache").rglob("*.worldloom-tmp*")):
+        torn.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -321,3 +323,19 @@ def test_a_setting_that_does_not_exist_names_the_nearest() -> None:
         load_config(overrides=["motion.treshold=1"])
     with pytest.raises(WorldloomError, match="stages must begin with split"):
         load_config(overrides=["stages=['motion']"])
+
+
+def test_a_long_video_is_never_whole_in_memory(tmp_path: Path) -> None:
+    still = np.broadcast_to(scene(1, 1, 480, 640), (500, 480, 640, 3))  # 440 MiB decoded
+    video = write(tmp_path / "long", still, "mpeg4", fps=50)
+    code = (
+        "import resource, sys; from worldloom.config import load; from worldloom_curation import CurateConfig;"
+        "from worldloom_curation.pipeline import run;"
+        "run(sys.argv[1], sys.argv[2], load(CurateConfig, overrides=['motion.threshold=0']));"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(video), str(tmp_path / "out")], capture_output=True, text=True, check=True
+    )
+    assert len(open_dataset(tmp_path / "out")) == 2
+    assert int(done.stdout) / 1024 < 350  # MiB; about 170 of them are libraries

@@ -115,6 +115,7 @@ def test_ten_kills_at_random_instants_leave_the_same_shards_and_ledger(
         summary = run(videos, out, load(CurateConfig, overrides=SETTINGS))
         resumed += summary["work"]["scan"]["cached"] > 0
         assert digests(out) == expected, f"kill {number}"
+        assert [path for path in out.rglob("*") if "worldloom-tmp" in path.name] == []
     assert interrupted >= 5, "the kills came too late to prove anything"
     assert resumed >= 3, "the runs after a kill began from nothing"
 
