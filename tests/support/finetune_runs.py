@@ -27,7 +27,13 @@ RATIO, CHANNELS = 4, 16
 
 
 def make_latents(
-    root: Path, samples: int = 12, t: int = 3, actions: int = 2, seed: int = 0, fingerprint: str = "f" * 64
+    root: Path,
+    samples: int = 12,
+    t: int = 3,
+    actions: int = 2,
+    seed: int = 0,
+    fingerprint: str = "f" * 64,
+    tokenizer: str = "absent-tokenizer",
 ) -> Path:
     """A latents dataset whose frames follow their actions: the second half of each is a function of the first."""
     rng = np.random.default_rng(seed)
@@ -44,7 +50,7 @@ def make_latents(
             arrays = {"latents": latents, "actions": acts} if actions else {"latents": latents}
             writer.write(shards.ShardSample(clip, None, arrays))
         refs = writer.close()
-    reference = {"name": "absent-tokenizer", "fingerprint": fingerprint, "temporal_ratio": RATIO, "spatial_ratio": 8}
+    reference = {"name": tokenizer, "fingerprint": fingerprint, "temporal_ratio": RATIO, "spatial_ratio": 8}
     shards.commit_dataset(root, refs, kind="latents", tokenizer=reference, inputs=["file:0:none"])
     return root
 
@@ -76,6 +82,7 @@ def curve(out: Path) -> list[tuple[int, float, float]]:
 
 SMALL = (
     "data.batch_size=2",
+    "data.frames=0",
     "data.val_fraction=0.2",
     "data.val_batches=1",
     "optim.lr=0.01",
