@@ -90,12 +90,10 @@ def slow(folder: Path, tmp_path: Path) -> Iterator[tuple[TestClient, Slow]]:
 
 def wait_for(served: TestClient, job: str, *statuses: str) -> dict[str, Any]:
     until = time.monotonic() + 30
-    while time.monotonic() < until:
-        state = served.get(f"/v1/videos/{job}").json()
-        if state["status"] in statuses:
-            return state
+    while (state := served.get(f"/v1/videos/{job}").json())["status"] not in statuses:
+        assert time.monotonic() < until, state
         time.sleep(0.02)
-    raise AssertionError(f"still {state}")
+    return state
 
 
 def test_a_job_becomes_the_video_that_generate_makes(
@@ -269,7 +267,9 @@ def test_a_request_may_only_be_so_large(folder: Path, tmp_path: Path, image: str
         large = json.dumps({"image": "A" * 20_000}).encode()
         assert served.post("/v1/videos", content=large, headers=kind).status_code == 413
         # without a length, in pieces
-        assert served.post("/v1/videos", content=iter([large[:15_000], large[15_000:]]), headers=kind).status_code == 413
+        assert (
+            served.post("/v1/videos", content=iter([large[:15_000], large[15_000:]]), headers=kind).status_code == 413
+        )
         assert served.post("/v1/videos", content=b"{}", headers={**kind, "content-length": "x"}).status_code == 413
         assert served.post("/v1/videos", json={"image": image, "frames": 5}).status_code == 202
 

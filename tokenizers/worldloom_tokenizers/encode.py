@@ -35,12 +35,13 @@ def windows(frames: int, length: int, stride: int) -> Iterator[int]:
 
 def window_of(clip: Clip, start: int, length: int, size: tuple[int, int]) -> Clip:
     """Frames ``[start, start + length)`` of a clip as a clip of its own; the parent's id stays in its metadata."""
-    first = clip.start + start
+    first = clip.start + start * clip.step
+    last = clip.end if start + length == clip.frames else first + length * clip.step
     return replace(
         clip,
-        id=clip.id if (start, length) == (0, clip.frames) else clip_id(clip.source_digest, first, first + length),
+        id=clip.id if (start, length) == (0, clip.frames) else clip_id(clip.source_digest, first, last),
         start=first,
-        end=first + length,
+        end=last,
         height=size[0],
         width=size[1],
         metadata={**clip.metadata, "parent": clip.id},
@@ -73,7 +74,8 @@ def encode_dataset(
         progress: called with (clips done, clips in all).
 
     Raises:
-        WorldloomError: lengths or sizes that the tokenizer cannot take, a dataset without a long enough clip.
+        WorldloomError: lengths or sizes that the tokenizer cannot take, a dataset without a long enough clip, a folder
+            that holds a dataset which is not an encoding.
     """
     ratio, edge = tokenizer.temporal_ratio, tokenizer.spatial_ratio
     if frames < 1 + ratio or (frames - 1) % ratio:
@@ -127,7 +129,7 @@ def encode_dataset(
         kind="latents",
         tokenizer={"name": name, "fingerprint": fingerprint, "temporal_ratio": ratio, "spatial_ratio": edge},
         metadata={**dataset.index.metadata, "encode": config, "source": dataset.index.id, "counts": counts},
-        inputs=[dataset.index.id, f"tokenizer:{name}@{fingerprint}"],
+        inputs=[dataset.index.id, f"model:{name}@{fingerprint}"],
         config=config,
     )
     return EncodeSummary(**counts)
@@ -135,11 +137,23 @@ def encode_dataset(
 
 def _done(out: Path, source: str, config: dict) -> EncodeSummary | None:
     """What an earlier run committed in ``out``, if it is exactly this one's result."""
+    if not (out / "dataset.json").exists():
+        return None
     try:
-        metadata = json.loads((out / "dataset.json").read_text())["metadata"]
-    except (OSError, ValueError, KeyError):
-        return None
-    if metadata.get("source") != source or metadata.get("encode") != config:
-        (out / "dataset.json").unlink()  # it names shards that are about to be replaced
-        return None
-    return EncodeSummary(**metadata["counts"])
+        index = json.loads((out / "dataset.json").read_text())
+        metadata = index["metadata"]
+        ours = index["kind"] == "latents" and "encode" in metadata
+    except (OSError, ValueError, KeyError, TypeError):
+        ours, metadata = False, {}
+    if not ours:  # the clips themselves, perhaps
+        raise WorldloomError(
+            "the output folder holds another dataset", got=str(out), do="choose a folder of its own for the latents"
+        )
+    if metadata.get("source") == source and metadata["encode"] == config:
+        try:
+            if not shards.open_dataset(out).verify():
+                return EncodeSummary(**metadata["counts"])
+        except WorldloomError:
+            pass  # a shard is gone: encode again
+    (out / "dataset.json").unlink()  # it names shards that are about to be replaced
+    return None

@@ -1,0 +1,170 @@
+"""From clips to latents: windows, ids, action slices; a rerun does nothing, other parameters encode anew."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+
+from worldloom import media
+from worldloom.artifacts import Store
+from worldloom.errors import WorldloomError
+from worldloom.lineage import walk
+from worldloom.schema import clip_id
+from worldloom.shards import Dataset, open_dataset
+from worldloom_tokenizers import CausalVAE, encode_dataset
+
+pytestmark = pytest.mark.usefixtures("worldloom_home")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return tiny_models.clips(tmp_path_factory.mktemp("data") / "clips", lengths=(23, 9, 8, 13))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> CausalVAE:
+    return tiny_models.tokenizer()
+
+
+SIZE = (32, 32)
+
+
+def test_every_window_is_there_with_its_frames_and_its_actions(
+    clips: Dataset, tokenizer: CausalVAE, tmp_path: Path
+) -> None:
+    seen: list[tuple[int, int]] = []
+    summary = encode_dataset(
+        clips.root, tokenizer, tmp_path / "out", frames=9, stride=5, size=SIZE,
+        progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    assert (summary.windows, summary.clips, summary.short) == (3 + 1 + 1, 3, 1)
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    latents = open_dataset(tmp_path / "out")
+    assert latents.index.kind == "latents"
+    assert latents.index.tokenizer is not None
+    assert latents.index.tokenizer["fingerprint"] == tokenizer.fingerprint
+    assert (latents.index.size, latents.index.action_dim, latents.index.frames) == (SIZE, 3, 5 * 9)
+    assert latents.index.metadata["action_names"] == list(tiny_models.ACTIONS)
+    starts = {0: (0, 5, 10), 1: (0,), 3: (0,)}
+    samples = iter(latents)
+    for number, firsts in starts.items():
+        clip = clips.load(number)
+        assert clip.video is not None
+        pixels = media.read_frames(clip.video)
+        for first in firsts:
+            sample = next(samples)
+            assert sample.clip.metadata["parent"] == clip.clip.id
+            assert (sample.clip.start, sample.clip.end) == (first, first + 9)
+            if clip.clip.frames == 9:
+                assert sample.clip.id == clip.clip.id
+            else:
+                assert sample.clip.id == clip_id(clip.clip.source_digest, first, first + 9)
+            assert np.array_equal(sample.arrays["actions"], clip.arrays["actions"][first : first + 8])
+            with torch.no_grad():
+                alone = tokenizer.encode(media.to_tensor(pixels[first : first + 9]))[0].numpy()
+            assert sample.arrays["latents"].shape == (4, 3, 4, 4)
+            np.testing.assert_allclose(sample.arrays["latents"], alone, atol=0.01)
+    assert next(samples, None) is None
+
+
+def stamps(root: Path) -> dict[str, int]:
+    return {str(p.relative_to(root)): p.stat().st_mtime_ns for p in root.rglob("*") if p.is_file()}
+
+
+def test_a_rerun_does_nothing_and_other_parameters_encode_anew(
+    clips: Dataset, tokenizer: CausalVAE, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options = {"frames": 9, "size": SIZE}
+    first = encode_dataset(clips.root, tokenizer, out, **options)
+    before, identity = stamps(out), open_dataset(out).index.id
+    assert encode_dataset(clips.root, tokenizer, out, **options) == first
+    assert stamps(out) == before
+    ids = {identity}
+    changes = (
+        {"frames": 5},
+        {"stride": 3},
+        {"size": (16, 16)},
+        {"name": "other"},
+    )
+    for change in changes:
+        encode_dataset(clips.root, tokenizer, out, **{**options, **change})
+        ids.add(open_dataset(out).index.id)
+    encode_dataset(clips.root, tiny_models.tokenizer(8), out, **options)
+    ids.add(open_dataset(out).index.id)
+    assert len(ids) == 6
+    encode_dataset(clips.root, tokenizer, out, **options)
+    assert open_dataset(out).index.id == identity
+    assert not open_dataset(out).verify()
+
+
+def test_other_clips_encode_anew(clips: Dataset, tokenizer: CausalVAE, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    encode_dataset(clips.root, tokenizer, out, frames=9, size=SIZE)
+    other = tiny_models.clips(tmp_path / "other", lengths=(17,))
+    assert encode_dataset(other.root, tokenizer, out, frames=9, size=SIZE).windows == 1
+    assert len(open_dataset(out)) == 1
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "index"])
+def test_a_damaged_encoding_is_made_again(clips: Dataset, tokenizer: CausalVAE, tmp_path: Path, damage: str) -> None:
+    out = tmp_path / "out"
+    encode_dataset(clips.root, tokenizer, out, frames=9, size=SIZE)
+    identity = open_dataset(out).index.id
+    shard = out / "shards" / "000000.tar"
+    if damage == "gone":
+        shard.unlink()
+    elif damage == "cut":
+        shard.write_bytes(shard.read_bytes()[:-3000])
+    else:
+        (out / "dataset.json").unlink()
+    encode_dataset(clips.root, tokenizer, out, frames=9, size=SIZE)
+    assert open_dataset(out).index.id == identity
+    assert not open_dataset(out).verify()
+
+
+def test_the_clips_themselves_are_never_overwritten(tokenizer: CausalVAE, tmp_path: Path) -> None:
+    clips = tiny_models.clips(tmp_path / "clips", lengths=(13,))
+    before = stamps(clips.root)
+    with pytest.raises(WorldloomError, match="holds another dataset"):
+        encode_dataset(clips.root, tokenizer, clips.root, frames=9, size=SIZE)
+    assert stamps(clips.root) == before
+
+
+def test_lineage_leads_from_latents_to_clips_and_tokenizer(
+    clips: Dataset, tokenizer: CausalVAE, tmp_path: Path
+) -> None:
+    encode_dataset(clips.root, tokenizer, tmp_path / "out", name="tiny", frames=9, size=SIZE)
+    store = Store()
+    node = walk(store, open_dataset(tmp_path / "out").index.id)
+    assert node.inputs[0].id == clips.index.id
+    assert (node.inputs[1].kind, node.inputs[1].label) == ("shipped", "tiny")
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"frames": 10}, "1 \\+ 4k"),
+        ({"frames": 1}, "1 \\+ 4k"),
+        ({"size": (30, 32)}, "multiples of 8"),
+        ({"frames": 33}, "no clip is long enough"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_is_committed(
+    clips: Dataset, tokenizer: CausalVAE, tmp_path: Path, options: dict, what: str
+) -> None:
+    with pytest.raises(WorldloomError, match=what):
+        encode_dataset(clips.root, tokenizer, tmp_path / "out", **{"frames": 9, "size": SIZE, **options})
+    assert not (tmp_path / "out" / "dataset.json").exists()
+
+
+def test_latents_are_not_encoded_again(clips: Dataset, tokenizer: CausalVAE, tmp_path: Path) -> None:
+    encode_dataset(clips.root, tokenizer, tmp_path / "out", frames=9, size=SIZE)
+    with pytest.raises(WorldloomError, match="latents already"):
+        encode_dataset(tmp_path / "out", tokenizer, tmp_path / "twice", frames=9, size=SIZE)
+    assert json.loads((tmp_path / "out" / "dataset.json").read_text())["kind"] == "latents"
