@@ -234,7 +234,7 @@ def run(out: Path, videos: Path | None, config: QuickstartConfig, model: str = _
     began = time.monotonic()
     loop = Loop(out, videos, config, model)
     out.mkdir(parents=True, exist_ok=True)
-    _check_same(out, videos, config)
+    _check_same(out, videos, config, model)
     with loop.step("curate", f"Curate {videos}" if videos else f"Record {config.env_id} and curate the episodes"):
         train, test = loop.gather()
     with loop.step("before", f"Evaluate {model} on the test clips, before"):
@@ -268,13 +268,15 @@ def run(out: Path, videos: Path | None, config: QuickstartConfig, model: str = _
     return summary
 
 
-def _check_same(out: Path, videos: Path | None, config: QuickstartConfig) -> None:
+def _check_same(out: Path, videos: Path | None, config: QuickstartConfig, model: str) -> None:
     """Keep the settings beside the results, and refuse to mix two quickstarts in one folder."""
-    record = {"videos": str(videos.resolve()) if videos else "", **configs.to_dict(config)}
+    record = {"videos": str(videos.resolve()) if videos else "", "model": model, **configs.to_dict(config)}
     file = out / "quickstart.json"
     if file.is_file() and json.loads(file.read_text()) != json.loads(json.dumps(record)):
         raise WorldloomError(
-            "this folder holds a quickstart with other videos or settings", got=str(out), do="give another --out"
+            "this folder holds a quickstart with another model, other videos or settings",
+            got=str(out),
+            do="give another --out",
         )
     atomic_write(file, json.dumps(record, indent=1) + "\n")
 
@@ -333,10 +335,11 @@ def result_rows(before: Any, after: Any) -> list[tuple[str, tuple[str, str, str]
     type=click.Path(exists=True, file_okay=True, path_type=Path),
     help="Your own videos: a folder, or one file. Without it, episodes of a simulator are recorded.",
 )
+@click.option("--model", default=_MODEL, show_default=True, help="What is fine-tuned: a catalog name or a folder.")
 @click.option("--out", default="runs/quickstart", show_default=True, type=click.Path(file_okay=False, path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="One setting, e.g. steps=200.")
 @click.option("--help-config", is_flag=True, help="List every setting and its default.")
-def quickstart(videos: Path | None, out: Path, overrides: tuple[str, ...], help_config: bool) -> None:
+def quickstart(videos: Path | None, model: str, out: Path, overrides: tuple[str, ...], help_config: bool) -> None:
     """The whole loop on this machine: record or take videos, curate, tokenise, fine-tune, evaluate, generate, report.
 
     Takes a few minutes on two cores. Run again in the same folder it goes on where it was.
@@ -347,4 +350,4 @@ def quickstart(videos: Path | None, out: Path, overrides: tuple[str, ...], help_
         return
     # Two worker pools on two cores only fight; the libraries read this when they are first imported.
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
-    run(out, videos, configs.load(QuickstartConfig, overrides=overrides))
+    run(out, videos, configs.load(QuickstartConfig, overrides=overrides), model)

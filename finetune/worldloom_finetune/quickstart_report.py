@@ -27,9 +27,9 @@ def write_report(
     tree: Node,
 ) -> Path:
     """Write OUT/report.html."""
+    from worldloom.compare import side_by_side
     from worldloom.report import Report
     from worldloom_model_zoo.evaluate import MODEL
-    from worldloom_model_zoo.evaluate_report import side_by_side as side
 
     c = loop.config
     source = f"your videos in {loop.videos}" if loop.videos else f"recorded episodes of {c.env_id}"
@@ -55,8 +55,9 @@ def write_report(
     if after.examples:
         videos = []
         for old, new in zip(before.examples, after.examples, strict=False):
-            videos += [(f"before: {old.caption}", side(old, after.config.context))]
-            videos += [(f"after: {new.caption}", side(new, after.config.context))]
+            for when, example in (("before", old), ("after", new)):
+                panels = (example.truth, example.model, example.baseline)
+                videos.append((f"{when}: {example.caption}", side_by_side(panels, after.config.context)))
         report.videos(videos, columns=2)
     else:
         report.text("The evaluations were found finished; their videos are in eval-before and eval-after.")

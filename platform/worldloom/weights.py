@@ -21,6 +21,7 @@ def write_weights(tensors: Mapping[str, Tensor], folder: Path, name: str = WEIGH
 
     # safetensors refuses shared storage, so every tensor gets its own
     save_file({key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}, folder / name)
+    (folder / name).chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 def read_weights(path: Path, sha256: str = "", name: str = WEIGHTS) -> dict[str, Tensor]:

@@ -12,6 +12,6 @@ TOKENIZERS = {
         "target": "worldloom_tokenizers.checkpoint:load",
         "summary": "Continuous causal autoencoder, 4x8x8, 16 channels; small enough for a CPU.",
         "path": "weights/loom-cv-nano",
-        "sha256": "",
+        "sha256": "845f597e4f9cd5dbcd0930a221f32bc69b57a407f18b157361b6645b64cdc0b4",
     },
 }
