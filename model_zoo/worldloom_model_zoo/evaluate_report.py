@@ -111,9 +111,9 @@ def print_table(result: EvalResult) -> None:
         table.add_row(kind, *(f"{value:.3f}" for value in values))
     console = Console(highlight=False, markup=False)
     console.print(table)
-    console.print(f"\nmodel minus repeat last frame  {result.gain:+.2f} dB")
+    console.print(f"\nmodel minus repeat last frame  {_signed(result.gain)}")
     if result.action_sensitivity is not None:
-        console.print(f"action sensitivity             {result.action_sensitivity:+.2f} dB")
+        console.print(f"action sensitivity             {_signed(result.action_sensitivity)}")
     console.print(
         f"{result.windows} windows of {result.clips} clips, {result.config.context} frames given, "
         f"{result.config.horizon} predicted, {result.frames_per_second:.3g} frames/s"
@@ -140,8 +140,8 @@ def add_to_report(report: Report, result: EvalResult, columns: int = 2) -> None:
     report.facts(
         {
             "PSNR of the model": f"{result.psnr[MODEL]:.2f} dB",
-            "over repeating the last frame": f"{result.gain:+.2f} dB",
-            "action sensitivity": "no actions" if sensitivity is None else f"{sensitivity:+.2f} dB",
+            "over repeating the last frame": _signed(result.gain),
+            "action sensitivity": "no actions" if sensitivity is None else _signed(sensitivity),
             "SSIM": f"{result.ssim[MODEL]:.3f}",
         }
     )
@@ -170,3 +170,8 @@ def add_to_report(report: Report, result: EvalResult, columns: int = 2) -> None:
         "at 1/12). Action sensitivity is the model's PSNR with the true actions minus its PSNR with another clip's. "
         "The tokenizer row reconstructs the true frames: what the latents can express at best."
     )
+
+
+def _signed(value: float) -> str:
+    """A difference in dB; one that rounds to zero has no minus sign."""
+    return f"{round(value, 2) + 0.0:+.2f} dB"

@@ -104,6 +104,22 @@ def test_given_frames_are_kept_exactly(tmp_path: Path, attention: str, given: in
     assert made.abs().max() <= 1
 
 
+def test_a_model_with_a_condition_mask_is_told_which_frames_are_given() -> None:
+    config = PredictConfig(
+        latent_channels=4, width=32, blocks=1, heads=2, adaln_rank=8, condition_mask=True, attention="full"
+    )
+    model = PredictTransformer(config).eval()
+    tiny_models.stir(model, 0)
+    masks: list[torch.Tensor] = []
+    model.register_forward_pre_hook(lambda _, args, options: masks.append(options["condition_mask"]), with_kwargs=True)
+    checkpoint_config = PredictCheckpoint(height=32, width=32, model=config, sampler=SamplerConfig(steps=2))
+    pipeline = PredictPipeline(model, tiny_models.tokenizer(), checkpoint_config)
+    pipeline.generate_video(video(5), None, 13)
+    assert len(masks) == 2
+    assert masks[0].shape == (1, 1, 4, 4, 4)
+    assert masks[0].mean(dim=(0, 1, 3, 4)).tolist() == [1, 1, 0, 0]
+
+
 def test_actions_change_what_follows_and_not_what_came_before(pipeline: PredictPipeline) -> None:
     start, done = video(5), actions(12)
     other = done.clone()
