@@ -87,7 +87,8 @@ def restore(groups: Mapping[str, Mapping[str, Tensor]], parameters: Mapping[str,
             if state:
                 # Moments take the layout of their weight in memory: the fused optimizer walks both in step.
                 optimizer.state[p] = {
-                    k: v.clone() if k == "step" else torch.empty_like(p).copy_(v) for k, v in state.items()
+                    k: v.to(p.device, copy=True) if k == "step" else torch.empty_like(p).copy_(v)
+                    for k, v in state.items()
                 }
             continue
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
@@ -131,7 +132,7 @@ def _create_zero_state(optimizer: Any, step: float) -> None:
     # DeepSpeed makes the moments at the first step; a resumed run needs them before it.
     for flat in _flat_partitions(optimizer):
         optimizer.optimizer.state[flat] = {
-            "step": torch.tensor(step),
+            "step": torch.tensor(step, device=flat.device),
             "exp_avg": torch.zeros_like(flat),
             "exp_avg_sq": torch.zeros_like(flat),
         }

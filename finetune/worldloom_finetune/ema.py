@@ -28,6 +28,11 @@ class Ema:
         """The decay used by the update with this number, from 0."""
         return min(self.decay, (1 + update) / (10 + update))
 
+    def follow(self) -> None:
+        """Move the averages to where the parameters have gone."""
+        for name, p in self._parameters.items():
+            self.averages[name] = self.averages[name].to(p.device)
+
     @torch.no_grad()
     def update(self) -> None:
         """Take in the parameters as they are now."""

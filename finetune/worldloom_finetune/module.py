@@ -162,6 +162,8 @@ class Recorder(lightning.Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Put the resumed state into the optimizer that Lightning has just made."""
+        if self.ema is not None:
+            self.ema.follow()
         if self.resumed is not None:
             checkpointing.restore(self.resumed.groups, trained(self.module.model), trainer.optimizers[0])
             self.resumed = None

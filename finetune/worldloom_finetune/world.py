@@ -180,6 +180,8 @@ class WorldJob:
         if tokenizer is None:
             return None
         pipeline = PredictPipeline(self.model, tokenizer, self.base.checkpoint)
+        device = next(self.model.parameters()).device
+        tokenizer, batch = tokenizer.to(device), batch.to(device)
         truth = tokenizer.decode(batch.latents)
         known = truth[:, :, : min(self.base.checkpoint.sampler.context_frames, 1 + tokenizer.temporal_ratio)]
         made = pipeline.generate_video(known, batch.actions, frames=truth.shape[2], seed=0)
