@@ -76,11 +76,13 @@ def start(driver: Path, videos: Path, out: Path, *overrides: str) -> subprocess.
 
 def kill(process: subprocess.Popen[str]) -> bool:
     """SIGKILL; true if the run was still at work."""
-    os.kill(process.pid, signal.SIGKILL)
+    at_work = process.poll() is None
+    if at_work:
+        os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert process.stdout is not None
-    with process.stdout:
-        return process.stdout.read() == ""
+    process.stdout.close()
+    return at_work
 
 
 def assert_nothing_looks_whole_that_is_torn(out: Path) -> None:
@@ -138,10 +140,11 @@ def test_one_folder_killed_again_and_again_ends_the_same(videos: Path, driver: P
 def test_workers_die_with_their_parent(videos: Path, driver: Path, tmp_path: Path) -> None:
     process = start(driver, videos, tmp_path / "out", "workers=2")
     group, deadline = process.pid, time.monotonic() + 30
-    while len(members(group)) < 3 and process.poll() is None:  # parent, forkserver, workers
+    while len(members(group)) < 5 and process.poll() is None:  # parent, resource tracker, forkserver, two workers
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    kill(process)
+    time.sleep(0.3)
+    assert kill(process), "the run was over before it could be killed"
     while members(group):
         assert time.monotonic() < deadline, "worker processes outlive a killed run"
         time.sleep(0.05)
