@@ -26,7 +26,6 @@ from typing import Any, Literal
 import click
 
 from worldloom.errors import WorldloomError, missing_extra
-from worldloom.generation import make_sample, require_generates
 from worldloom.schema import GenerationRequest, Sample
 
 Status = Literal["queued", "running", "completed", "failed", "cancelled"]
@@ -197,6 +196,8 @@ class Worker:
                 self._end(job, status, error)
 
     def _run(self, job: Job) -> tuple[Status, str]:
+        from worldloom.generation import make_sample
+
         def progress(done: int, total: int) -> None:
             job.done, job.total = done, total
             if job.cancel.is_set():
@@ -318,6 +319,7 @@ def create_app(models: Mapping[str, Any], config: ServerConfig) -> Any:
 
     from worldloom import __version__
     from worldloom.api import add_routes
+    from worldloom.generation import require_generates
 
     worker = Worker({name: require_generates(model, name) for name, model in models.items()}, config)
 

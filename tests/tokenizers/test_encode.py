@@ -16,7 +16,7 @@ from worldloom.errors import WorldloomError
 from worldloom.lineage import walk
 from worldloom.schema import clip_id
 from worldloom.shards import Dataset, open_dataset
-from worldloom_tokenizers import CausalVAE, encode_dataset
+from worldloom_tokenizers import CausalVAE, encode_dataset, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("worldloom_home")
 
@@ -144,6 +144,17 @@ def test_lineage_leads_from_latents_to_clips_and_tokenizer(
     node = walk(store, open_dataset(tmp_path / "out").index.id)
     assert node.inputs[0].id == clips.index.id
     assert (node.inputs[1].kind, node.inputs[1].label) == ("shipped", "tiny")
+
+
+def test_a_tokenizers_folder_is_recorded_so_that_it_is_found_from_anywhere(
+    clips: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_models.tokenizer_folder(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    encode_dataset(clips.root, load_tokenizer("./mine"), "out", name="./mine", frames=9, size=SIZE)
+    reference = open_dataset("out").index.tokenizer
+    assert reference is not None
+    assert reference["name"] == str(folder)
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,8 @@ def encode_dataset(
 
     Args:
         root: dataset of clips.
-        name: the tokenizer's name, for the record; its fingerprint is recorded with it.
+        name: the tokenizer's name or folder, for the record (a folder's whole path, so that a model trained on the
+            latents finds it from anywhere); its fingerprint is recorded with it.
         frames: length T of a window, 1 + temporal_ratio * k.
         stride: distance of windows; None for windows that do not overlap.
         size: (height, width) that clips are cropped and resized to, multiples of the tokenizer's spatial ratio.
@@ -90,6 +91,7 @@ def encode_dataset(
         raise WorldloomError("this dataset holds latents already", got=str(root), do="give the dataset of clips")
     out = Path(out)
     fingerprint = tokenizer.fingerprint
+    name = str(Path(name).resolve()) if Path(name).is_dir() else name
     config = {"frames": frames, "stride": stride, "size": list(size), "tokenizer": name, "fingerprint": fingerprint}
     done = _done(out, dataset.index.id, config)
     if done is not None:
