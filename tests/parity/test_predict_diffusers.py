@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+
 from worldloom_model_zoo.predict.config import PredictConfig
 from worldloom_model_zoo.predict.model import PredictTransformer
 

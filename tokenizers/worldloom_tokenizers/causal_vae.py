@@ -5,6 +5,9 @@ later group holds 4 frames. A group's frames are folded into channels, so all la
 2-D convolutions inside a latent frame, causal mixing along time. Normalisation is per position, which makes the
 output of a latent frame independent of later ones, and lets a stream be cut anywhere between groups.
 
+Both directions are a linear map of 4x8x8 patches plus a convolutional network that starts at zero. `initialise_linear`
+sets the linear maps to the principal components of real patches, so training begins at their quality, not at noise.
+
 Letters: b batch, t latent frames, T video frames, r temporal ratio, c channels, h w size at the layer, H W pixels.
 Inside, tensors are ``(b*t, c, h, w)`` in channels-last memory: the fastest layout for CPU convolutions.
 """
@@ -120,6 +123,7 @@ class CausalVAE(nn.Module):
         self.encode8 = Stack(w8, config.encoder_blocks[2], kernel)
         self.encode_norm = RMSNorm(w8)
         self.to_latent = nn.Conv2d(w8, config.latent_channels, 3, padding=1)
+        self.linear_in = nn.Conv2d(pixels * 64, config.latent_channels, 1)
 
         self.from_latent = nn.Conv2d(config.latent_channels, w8, 3, padding=1)
         self.decode8 = Stack(w8, config.decoder_blocks[2], kernel)
@@ -129,6 +133,10 @@ class CausalVAE(nn.Module):
         self.decode2 = Stack(w2, config.decoder_blocks[0], kernel)
         self.decode_norm = RMSNorm(w2)
         self.leave = nn.Conv2d(w2, pixels * 4, 3, padding=1)
+        self.linear_out = nn.Conv2d(config.latent_channels, pixels * 64, 1)
+        for last in (self.to_latent, self.leave):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(cast(Tensor, last.bias))
 
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
@@ -165,24 +173,25 @@ class CausalVAE(nn.Module):
         b, c, frames, height, width = video.shape
         t = frames // ratio
         # (b, c, t*r, H, W) -> (b*t, c*r, H, W)
-        x = video.unflatten(2, (t, ratio)).permute(0, 2, 1, 3, 4, 5).reshape(b * t, c * ratio, height, width)
-        x = F.pixel_unshuffle(x, self.patch).contiguous(memory_format=torch.channels_last)
-        x = self.enter(x)
+        groups = video.unflatten(2, (t, ratio)).permute(0, 2, 1, 3, 4, 5).reshape(b * t, c * ratio, height, width)
+        x = self.enter(F.pixel_unshuffle(groups, self.patch).contiguous(memory_format=torch.channels_last))
         if self.patch == 2:
             x = self.down4(self.encode2(x, t, state))
         x = self.down8(self.encode4(x, t, state))
         x = self.to_latent(F.silu(self.encode_norm(self.encode8(x, t, state))))
+        x = x + self.linear_in(F.pixel_unshuffle(groups, 8).contiguous(memory_format=torch.channels_last))
         return x.unflatten(0, (b, t)).transpose(1, 2)  # (b*t, c, h, w) -> (b, c, t, h, w)
 
     def decode_raw(self, latents: Tensor, state: State | None = None) -> Tensor:
         """``(b, c, t, h, w)`` before normalisation -> ``(b, 3, T, H, W)``, not clamped."""
         ratio, first = self.config.temporal_ratio, not state
         b, _, t, _, _ = latents.shape
-        x = latents.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)  # (b*t, c, h, w)
-        x = self.decode8(self.from_latent(x), t, state)
+        z = latents.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)  # (b*t, c, h, w)
+        x = self.decode8(self.from_latent(z), t, state)
         x = self.decode4(F.pixel_shuffle(self.up4(x), 2), t, state)
         x = self.decode2(F.pixel_shuffle(self.up2(x), 2), t, state)
         x = F.pixel_shuffle(self.leave(F.silu(self.decode_norm(x))), 2)  # (b*t, 3*r, H, W)
+        x = x + F.pixel_shuffle(self.linear_out(z), 8)
         video = x.unflatten(1, (3, ratio)).unflatten(0, (b, t))  # (b, t, 3, r, H, W)
         video = video.permute(0, 2, 1, 3, 4, 5).flatten(2, 3)  # (b, 3, t*r, H, W)
         return video[:, :, ratio - 1 :] if first else video
@@ -220,6 +229,27 @@ class CausalVAE(nn.Module):
         """Decode the next latents of a stream whose state the caller holds; start with an empty dict."""
         self._check_latents(latents)
         return self.decode_raw(self._denormalise(latents), state).clamp(-1, 1)
+
+    @torch.no_grad()
+    def initialise_linear(self, video: Tensor) -> None:
+        """Set the linear maps to the whitened principal components of the patches of ``(b, 3, 1 + r k, H, W)``."""
+        ratio = self.config.temporal_ratio
+        video = torch.cat([video[:, :, :1].expand(-1, -1, ratio - 1, -1, -1), video], dim=2)
+        _, c, frames, height, width = video.shape
+        groups = video.unflatten(2, (frames // ratio, ratio)).permute(0, 2, 1, 3, 4, 5)
+        groups = groups.reshape(-1, c * ratio, height, width)
+        patches = F.pixel_unshuffle(groups, 8).permute(0, 2, 3, 1).flatten(0, 2)  # (patches, 3*r*64)
+        mean = patches.mean(dim=0)
+        covariance = torch.cov((patches - mean).T.double())
+        values, vectors = torch.linalg.eigh(covariance)  # ascending
+        count = self.config.latent_channels
+        std = values[-count:].flip(0).clamp_min(1e-8).sqrt()[:, None]
+        basis = vectors[:, -count:].flip(1).T  # (c, 3*r*64)
+        basis = basis * basis.sum(dim=1, keepdim=True).sign()  # eigenvectors come with an arbitrary sign
+        self.linear_in.weight.copy_((basis / std)[:, :, None, None])
+        cast(Tensor, self.linear_in.bias).copy_(-(basis / std) @ mean.double())
+        self.linear_out.weight.copy_((basis * std).T[:, :, None, None])
+        cast(Tensor, self.linear_out.bias).copy_(mean)
 
     @torch.no_grad()
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
