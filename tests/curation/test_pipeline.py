@@ -331,7 +331,8 @@ def test_a_long_video_is_never_whole_in_memory(tmp_path: Path) -> None:
     video = write(tmp_path / "long", still, "mpeg4", fps=50)
     # Not ru_maxrss: after exec it still holds the peak of the process that started this one.
     code = (
-        "import re, sys; from pathlib import Path; from worldloom.config import load; from worldloom_curation import CurateConfig;"
+        "import re, sys; from pathlib import Path; from worldloom.config import load;"
+        "from worldloom_curation import CurateConfig;"
         "from worldloom_curation.pipeline import run;"
         "run(sys.argv[1], sys.argv[2], load(CurateConfig, overrides=['motion.threshold=0']));"
         "print(re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1])"
