@@ -6,6 +6,7 @@ process of its own, at an instant's cost, and can kill it like `kill -9` does.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -122,8 +123,19 @@ def _child(run: dict[str, Any], rank: int, port: int) -> None:
     train.fit(request, config)
 
 
-def _attempt(run: dict[str, Any], kill_after: float | None) -> str:
-    """Train once; ``done``, ``killed``, or an error."""
+def _attempt(run: dict[str, Any], kill_after: float | None, *, after_progress: bool = False) -> str:
+    """Train once; ``done`` or ``killed``.
+
+    Args:
+        kill_after: seconds until the kill; None for none.
+        after_progress: count them from this attempt's first checkpoint.
+    """
+    pointer = Path(run["out"]) / "checkpoints" / "latest"
+
+    def newest() -> str:
+        return pointer.read_text() if pointer.is_file() else ""
+
+    before = newest()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -150,7 +162,9 @@ def _attempt(run: dict[str, Any], kill_after: float | None) -> str:
             if ended:
                 alive.discard(pid)
                 failed |= status != 0
-        late = kill_after is not None and time.monotonic() - began > kill_after
+        if after_progress and newest() != before:
+            began, after_progress = time.monotonic(), False
+        late = kill_after is not None and not after_progress and time.monotonic() - began > kill_after
         if alive and (late or failed):
             for pid in alive:
                 os.kill(pid, signal.SIGKILL)
@@ -167,19 +181,26 @@ def _attempt(run: dict[str, Any], kill_after: float | None) -> str:
 
 def main(path: str) -> None:
     """Carry out the runs of a JSON file and print what became of them."""
-
     runs = json.loads(Path(path).read_text())
+    needed = [
+        "lightning.pytorch",
+        *(f"worldloom_finetune.{name}" for name in ("export", "module", "strategy", "world")),
+    ]
+    needed += ["worldloom_model_zoo.predict.pipeline", "worldloom_tokenizers.checkpoint"]
     if any("deepspeed" in setting for run in runs for setting in run["set"]):
         os.environ["DS_ACCELERATOR"] = "cpu"
+        needed += ["deepspeed.runtime.zero.muon.muon_optimizer"]  # its initialisation imports this, for seconds
+    for name in needed:
+        importlib.import_module(name)
     results, first, length = [], 0.0, 0.0
     for run in runs:
         rng, killed, stages = random.Random(run["seed"]), 0, []
         while True:
             began = time.monotonic()
-            # From the set-up of the run to a few checkpoints on, so that the kills are spread over the whole run.
-            share = (length - first) / max(run["kills"], 1)
-            kill_after = rng.uniform(0.5 * first, first + 1.5 * share) if killed < run["kills"] else None
-            outcome = _attempt(run, kill_after)
+            # By turns at any instant from the start on, and at any instant after the first new checkpoint.
+            share, by_progress = (length - first) / max(run["kills"], 1), killed % 2 == 0
+            kill_after = rng.uniform(0, share if by_progress else first + share) if killed < run["kills"] else None
+            outcome = _attempt(run, kill_after, after_progress=by_progress and kill_after is not None)
             pointer = Path(run["out"]) / "checkpoints" / "latest"
             stages.append(pointer.read_text() if pointer.is_file() else "")
             if outcome == "done":
