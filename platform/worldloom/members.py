@@ -84,26 +84,11 @@ class Entry:
     """Extension -> (offset, size)."""
 
     def read(self, file: Any, kind: Kind) -> ShardSample:
-        clip = self.read_clip(file)
-        arrays: dict[str, np.ndarray] = {}
-        for name, (extension, _, _) in ARRAYS.items():
-            if extension in self.members:
-                data = self.member(file, extension)
-                try:
-                    arrays[name] = _load_npy(data) if extension.endswith(".npy") else _load_npz(data)
-                except (ValueError, KeyError, OSError, zipfile.BadZipFile, EOFError, SyntaxError) as error:
-                    raise _bad_member(self.path, f"{self.key}.{extension}", str(error)) from error
-                _check_array(clip, name, arrays[name])
-        return ShardSample(clip, self.member(file, "mp4") if kind == "clips" else None, arrays)
+        members = {extension: self.member(file, extension) for extension in self.members}
+        return unpack(self.path, self.key, members, kind)
 
     def read_clip(self, file: Any) -> Clip:
-        try:
-            clip = Clip(**json.loads(self.member(file, "json")))
-        except (ValueError, TypeError) as error:
-            raise _bad_member(self.path, f"{self.key}.json", str(error)) from error
-        if clip.id != self.key:
-            raise _bad_member(self.path, f"{self.key}.json", f"it describes the clip {clip.id!r}")
-        return clip
+        return _load_clip(self.path, self.key, self.member(file, "json"))
 
     def member(self, file: Any, extension: str) -> bytes:
         """One member's bytes."""
@@ -111,8 +96,76 @@ class Entry:
         file.seek(offset)
         data = file.read(size)
         if len(data) != size:
-            raise _bad_member(self.path, f"{self.key}.{extension}", "the tar ends inside it")
+            raise bad_member(self.path, f"{self.key}.{extension}", "the tar ends inside it")
         return data
+
+
+def unpack(where: str | Path, key: str, members: Mapping[str, bytes], kind: Kind) -> ShardSample:
+    """The sample that `pack` made these members (extension -> bytes) of.
+
+    Args:
+        where: the tar they come from, for messages.
+
+    Raises:
+        WorldloomError: a member whose bytes are not what they should be, or an array that does not fit its clip.
+    """
+    clip = _load_clip(where, key, members["json"])
+    arrays: dict[str, np.ndarray] = {}
+    for name, (extension, _, _) in ARRAYS.items():
+        if extension in members:
+            data = members[extension]
+            try:
+                arrays[name] = _load_npy(data) if extension.endswith(".npy") else _load_npz(data)
+            except (ValueError, KeyError, OSError, zipfile.BadZipFile, EOFError, SyntaxError) as error:
+                raise bad_member(where, f"{key}.{extension}", str(error)) from error
+            _check_array(clip, name, arrays[name])
+    return ShardSample(clip, members["mp4"] if kind == "clips" else None, arrays)
+
+
+class Headers:
+    """What the headers of a shard must keep to, told one by one in order: `add` for each, then `end`.
+
+    Args:
+        where: the tar, for messages.
+    """
+
+    def __init__(self, where: str | Path, kind: Kind) -> None:
+        self.samples = 0
+        self._where = where
+        self._required = {"json", "mp4"} if kind == "clips" else {"json", "latents.npy"}
+        self._keys: set[str] = set()
+        self._key = ""
+        self._extensions: set[str] = set()
+
+    def add(self, info: tarfile.TarInfo) -> tuple[str, str]:
+        """The key and the extension of a member.
+
+        Raises:
+            WorldloomError: no regular file, one that has no place in a dataset, or a sample that is not whole.
+        """
+        key, _, extension = info.name.partition(".")
+        if not info.isreg() or info.issparse():
+            raise bad_member(self._where, info.name, "it is not a regular file")
+        if not _KEY.fullmatch(key) or extension not in _EXTENSIONS:
+            raise bad_member(self._where, info.name, "no such member belongs into a dataset")
+        if not 0 <= info.size <= _MAX_MEMBER:
+            raise bad_member(self._where, info.name, "the tar is cut off, or the member is too large")
+        if key != self._key:
+            self.end()
+            if key in self._keys:
+                raise bad_member(self._where, info.name, "the members of a sample must lie together")
+            self._keys.add(key)
+            self._key, self._extensions = key, set()
+            self.samples += 1
+        if extension in self._extensions:
+            raise bad_member(self._where, info.name, "it appears twice")
+        self._extensions.add(extension)
+        return key, extension
+
+    def end(self) -> None:
+        """After the last header of a sample."""
+        if self._key and (missing := self._required - self._extensions):
+            raise bad_member(self._where, f"{self._key}.{min(missing)}", "it is missing")
 
 
 def scan_shard(path: str | os.PathLike[str], kind: Kind = "clips") -> list[Entry]:
@@ -124,36 +177,24 @@ def scan_shard(path: str | os.PathLike[str], kind: Kind = "clips") -> list[Entry
     path = Path(path)
     entries: list[Entry] = []
     members: dict[str, tuple[int, int]] = {}
-    seen: set[str] = set()
+    headers = Headers(path, kind)
     size = path.stat().st_size
-    required = {"json", "mp4"} if kind == "clips" else {"json", "latents.npy"}
     try:
         with tarfile.open(path, mode="r:") as tar:
             for info in tar:
-                key, _, extension = info.name.partition(".")
-                if not info.isreg() or info.issparse():
-                    raise _bad_member(path, info.name, "it is not a regular file")
-                if not _KEY.fullmatch(key) or extension not in _EXTENSIONS:
-                    raise _bad_member(path, info.name, "no such member belongs into a dataset")
-                if info.size > _MAX_MEMBER or info.offset_data + info.size > size:
-                    raise _bad_member(path, info.name, "the tar is cut off, or the member is too large")
-                if not entries or entries[-1].key != key:
-                    if key in seen:
-                        raise _bad_member(path, info.name, "the members of a sample must lie together")
-                    seen.add(key)
+                key, extension = headers.add(info)
+                if info.offset_data + info.size > size:
+                    raise bad_member(path, info.name, "the tar is cut off, or the member is too large")
+                if headers.samples > len(entries):
                     members = {}
                     entries.append(Entry(path, key, members))
-                if extension in members:
-                    raise _bad_member(path, info.name, "it appears twice")
                 members[extension] = (info.offset_data, info.size)
     except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
         raise WorldloomError(
             "not a whole tar shard", got=f"{path}: {error}", do="restore it, or make it again"
         ) from error
     _check_end(path, entries, size)
-    for entry in entries:
-        if missing := required - entry.members.keys():
-            raise _bad_member(path, f"{entry.key}.{min(missing)}", "it is missing")
+    headers.end()
     return entries
 
 
@@ -172,6 +213,16 @@ def _check_end(path: Path, entries: list[Entry], size: int) -> None:
         file.seek(last)
         if size < last + 1024 or any(file.read(1024)):
             raise WorldloomError("not a whole tar shard", got=f"{path}: no end mark", do="restore it, or make it again")
+
+
+def _load_clip(where: str | Path, key: str, data: bytes) -> Clip:
+    try:
+        clip = Clip(**json.loads(data))
+    except (ValueError, TypeError) as error:
+        raise bad_member(where, f"{key}.json", str(error)) from error
+    if clip.id != key:
+        raise bad_member(where, f"{key}.json", f"it describes the clip {clip.id!r}")
+    return clip
 
 
 def _check_array(clip: Clip, name: str, array: np.ndarray) -> None:
@@ -234,9 +285,9 @@ def _load_npz(data: bytes) -> np.ndarray:
         return _load_npy(archive.read("data.npy"))
 
 
-def _bad_member(path: Path, member: str, why: str) -> WorldloomError:
+def bad_member(where: str | Path, member: str, why: str) -> WorldloomError:
     return WorldloomError(
-        "a shard holds what a dataset may not", got=f"{path}: {member!r}: {why}", do="do not trust it"
+        "a shard holds what a dataset may not", got=f"{where}: {member!r}: {why}", do="do not trust it"
     )
 
 

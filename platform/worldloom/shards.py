@@ -16,7 +16,10 @@ Members of a sample, ``T`` frames (the key is everything before the first dot, a
     <id>.segmentation.npz     uint8 (T, h, w), optional
 
 Shards are plain USTAR files of regular members, so ``webdataset`` reads them too (with WDS_SECURE=1, for it would load
-pickles otherwise). Our own reader is in `worldloom.members`. Equal samples, written in equal order, give equal bytes.
+pickles otherwise). Equal samples, written in equal order, give equal bytes.
+
+`Dataset` reads with our own reader (`worldloom.members`), not through webdataset, because a machine that only trains
+has the core dependencies alone and needs samples by number; `worldloom.streaming` reads through webdataset, and URLs.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -375,9 +378,26 @@ def open_dataset(root: str | os.PathLike[str]) -> Dataset:
         WorldloomError: no ``dataset.json``, one of another format, or shards that are not there.
     """
     root = Path(root)
-    file = root / "dataset.json"
+    index = read_index((root / "dataset.json").read_bytes, root)
+    for ref in index.shards:
+        if not (root / ref.path).is_file():
+            raise WorldloomError("a shard of the dataset is missing", got=root / ref.path, do="restore it")
+    return Dataset(root, index)
+
+
+def read_index(read: Callable[[], bytes], root: str | Path) -> DatasetIndex:
+    """What ``dataset.json`` says.
+
+    Args:
+        read: gives its bytes.
+        root: where the dataset lies, for messages.
+
+    Raises:
+        WorldloomError: it is not there, damaged, or of another format.
+    """
+    file = f"{root}/dataset.json"
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(read())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise WorldloomError(
             "this folder is not a finished dataset: it has no dataset.json",
@@ -401,10 +421,7 @@ def open_dataset(root: str | os.PathLike[str]) -> Dataset:
             raise ValueError("kind or sample count")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WorldloomError("dataset.json is damaged", got=f"{file}: {error}", do="make the dataset again") from error
-    for ref in index.shards:
-        if not (root / ref.path).is_file():
-            raise WorldloomError("a shard of the dataset is missing", got=root / ref.path, do="restore it")
-    return Dataset(root, index)
+    return index
 
 
 def _sync_folder(path: Path) -> None:
