@@ -14,6 +14,7 @@ from worldloom import media, shards
 from worldloom.errors import WorldloomError
 from worldloom.protocols import VideoTokenizer
 from worldloom.schema import Clip, clip_id
+from worldloom.streaming import stream
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def encode_dataset(
     device = next(iter(getattr(tokenizer, "parameters", lambda: iter(()))()), torch.zeros(())).device
     counts = {"windows": 0, "clips": 0, "short": 0}
     with shards.ShardWriter(out, kind="latents") as writer:
-        for done_clips, sample in enumerate(dataset, start=1):
+        for done_clips, sample in enumerate(stream(root), start=1):
             assert sample.video is not None
             pixels = media.read_frames(sample.video, size=size)
             starts = list(windows(len(pixels), frames, stride))
