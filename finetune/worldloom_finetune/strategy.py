@@ -20,10 +20,10 @@ from worldloom_finetune.config import TrainerConfig
 class AnyDeviceDeepSpeed(DeepSpeedStrategy):
     """Lightning's DeepSpeed strategy without its CUDA-only gate.
 
-    On CUDA every method is Lightning's own, with one correction: Lightning divides the loss by the number of accumulated
-    micro-batches and DeepSpeed does so again (2.6.6 with 0.19.8), which clips at the wrong norm. On CPU three steps
-    differ: the environment is set up as DDP does it, no device index is looked up, and ``deepspeed.initialize`` gets
-    device rank 0 (the CPU has no index).
+    On CUDA every method is Lightning's own, with one correction: Lightning divides the loss by the number of
+    accumulated micro-batches and DeepSpeed does so again (2.6.6 with 0.19.8), which clips at the wrong norm. On CPU
+    three steps differ: the environment is set up as DDP does it, no device index is looked up, and
+    ``deepspeed.initialize`` gets device rank 0 (the CPU has no index).
     """
 
     @property
