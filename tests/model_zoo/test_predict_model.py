@@ -28,10 +28,11 @@ def inputs(config: PredictConfig, t: int, b: int = 2) -> tuple[torch.Tensor, tor
     return x, level, actions
 
 
+@pytest.mark.parametrize("previous_frame", [False, True])
 @pytest.mark.parametrize("window", [0, 1, 3])
 @torch.no_grad()
-def test_stepping_with_a_cache_equals_the_whole_forward(window: int) -> None:
-    config = replace(tiny(action_dim=3), window=window)
+def test_stepping_with_a_cache_equals_the_whole_forward(window: int, previous_frame: bool) -> None:
+    config = replace(tiny(action_dim=3), window=window, previous_frame=previous_frame)
     model = lively(config)
     x, level, actions = inputs(config, t=7)
     whole = model(x, level, actions)
@@ -52,7 +53,7 @@ def test_stepping_with_a_cache_equals_the_whole_forward(window: int) -> None:
 
 @torch.no_grad()
 def test_chunks_after_a_cache_equal_the_whole_forward() -> None:
-    config = replace(tiny(action_dim=3), window=3)
+    config = replace(tiny(action_dim=3), window=3, previous_frame=True)
     model = lively(config)
     x, level, actions = inputs(config, t=6)
     cache = KVCache()

@@ -39,6 +39,8 @@ class PredictConfig:
     """Concatenate a channel that marks conditioning frames (Cosmos)."""
     padding_mask: bool = False
     """Concatenate a channel that marks padded pixels (Cosmos)."""
+    previous_frame: bool = False
+    """Concatenate each frame's predecessor to its latents, so that copying what does not change is linear."""
     context_dim: int = 0
     """Size of a text token in cross-attention; 0 leaves cross-attention out."""
     text_dim: int = 0
@@ -129,7 +131,7 @@ def nano(action_dim: int = 0) -> PredictConfig:
 
     A frame sees five latent frames, itself included, in training as in a rollout: so a rollout may go on for ever.
     """
-    return PredictConfig(width=192, heads=3, action_dim=action_dim, action_hidden=192, window=5)
+    return PredictConfig(width=192, heads=3, action_dim=action_dim, action_hidden=192, window=5, previous_frame=True)
 
 
 def tiny(action_dim: int = 0) -> PredictConfig:

@@ -35,9 +35,13 @@ class KVCache:
     values: list[Tensor] = field(default_factory=list)
     frames: int = 0
     """Latent frames committed since the start; the next frame has this position."""
+    last: Tensor | None = None
+    """The last committed latent frame ``(b, c, 1, h, w)``."""
 
-    def append(self, keys: list[Tensor], values: list[Tensor], frames: int, window: int, tokens: int) -> None:
-        """Commit the keys and values of new frames of ``tokens`` tokens each."""
+    def append(self, x: Tensor, keys: list[Tensor], values: list[Tensor], window: int) -> None:
+        """Commit latent frames ``(b, c, t, h, w)`` with their keys and values."""
+        frames = x.shape[2]
+        tokens = keys[0].shape[2] // frames  # of a frame
         if self.keys:
             keys = [torch.cat(pair, dim=2) for pair in zip(self.keys, keys, strict=True)]
             values = [torch.cat(pair, dim=2) for pair in zip(self.values, values, strict=True)]
@@ -47,6 +51,7 @@ class KVCache:
             values = [x[:, :, max(x.shape[2] - kept, 0) :] for x in values]
         self.keys, self.values = keys, values
         self.frames += frames
+        self.last = x[:, :, -1:]
 
 
 # -- positions and time ----------------------------------------------------------------------------------------------
@@ -246,9 +251,8 @@ class PredictTransformer(nn.Module):
         super().__init__()
         self.config = config
         d, patch = config.width, config.patch**2
-        self.patch_in = nn.Linear(
-            (config.latent_channels + config.condition_mask + config.padding_mask) * patch, d, bias=False
-        )
+        channels = config.latent_channels * (1 + config.previous_frame) + config.condition_mask + config.padding_mask
+        self.patch_in = nn.Linear(channels * patch, d, bias=False)
         self.time_embedder = TimestepEmbedder(d)
         self.time_norm = nn.RMSNorm(d, eps=1e-6)
         self.text_proj = nn.Linear(config.text_dim, config.context_dim) if config.text_dim else None
@@ -312,7 +316,7 @@ class PredictTransformer(nn.Module):
         rows, columns = h // config.patch, w // config.patch
         offset = cache.frames if cache is not None else 0
 
-        tokens = self._patchify(x, condition_mask, padding_mask)
+        tokens = self._patchify(x, condition_mask, padding_mask, cache)
         embedding = sinusoid(timestep * config.timestep_scale, config.width).to(x.dtype)  # (b, t, d)
         shared = self.time_embedder(embedding)  # (b, t, 3d)
         embedding = self.time_norm(embedding)
@@ -343,14 +347,19 @@ class PredictTransformer(nn.Module):
                 values.append(new_values)
         if commit:
             assert cache is not None
-            cache.append(keys, values, t, config.window, rows * columns)
+            cache.append(x, keys, values, config.window)
 
         shift, scale = self.final_modulation(embedding, shared)
         return self._unpatchify(self.patch_out(self.final_norm(tokens) * (1 + scale) + shift), rows, columns)
 
-    def _patchify(self, x: Tensor, condition_mask: Tensor | None, padding_mask: Tensor | None) -> Tensor:
+    def _patchify(
+        self, x: Tensor, condition_mask: Tensor | None, padding_mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
         """``(b, c, t, h, w)`` and the masks -> tokens ``(b, t, n, d)``; a patch is laid out (channel, row, column)."""
         b, _, t, h, w = x.shape
+        if self.config.previous_frame:
+            before = cache.last if cache is not None and cache.last is not None else torch.zeros_like(x[:, :, :1])
+            x = torch.cat([x, torch.cat([before, x[:, :, :-1]], dim=2)], dim=1)
         if self.config.condition_mask:
             x = torch.cat([x, x.new_zeros(b, 1, t, h, w) if condition_mask is None else condition_mask], dim=1)
         if self.config.padding_mask:
