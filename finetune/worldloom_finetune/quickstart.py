@@ -229,7 +229,7 @@ def run(out: Path, videos: Path | None, config: QuickstartConfig, model: str = _
         WorldloomError: no usable video, or a step that cannot be done; what was finished stays and is found again.
     """
     from worldloom import lineage
-    from worldloom_finetune.quickstart_report import write_report
+    from worldloom_finetune.quickstart_report import Story, write_report
 
     began = time.monotonic()
     loop = Loop(out, videos, config, model)
@@ -251,7 +251,9 @@ def run(out: Path, videos: Path | None, config: QuickstartConfig, model: str = _
         tree = lineage.walk(store, sample.id)
         _print_tree(tree)
     with loop.step("report", "Write the report"):
-        report = write_report(loop, before, after, trained, sample, strip, tree)
+        source = f"your videos in {videos}" if videos else f"recorded episodes of {config.env_id}"
+        story = Story(model, source, before, after, trained, loop.facts["curation"], sample, strip, tree, loop.seconds)
+        report = write_report(story, out)
     summary = {
         "report": str(report),
         "seconds": {**loop.seconds, "all": round(time.monotonic() - began, 1)},
@@ -294,6 +296,7 @@ def _print_results(before: Any, after: Any, summary: dict[str, Any]) -> None:
     from rich.table import Table
 
     from worldloom.tracking import tracker
+    from worldloom_finetune.quickstart_report import result_rows
 
     table = Table(title="On clips that training never saw", title_justify="left")
     for column in ("", "before", "after", "repeat last frame"):
@@ -309,24 +312,6 @@ def _print_results(before: Any, after: Any, summary: dict[str, Any]) -> None:
     command = tracker().ui_command
     if command:
         click.echo(f"MLflow   {command}")
-
-
-def result_rows(before: Any, after: Any) -> list[tuple[str, tuple[str, str, str]]]:
-    """The rows of the final table: label, then before, after, baseline."""
-    from worldloom_model_zoo.evaluate import BASELINE, MODEL
-
-    def db(value: float | None) -> str:
-        return "-" if value is None else f"{value:.2f} dB"
-
-    return [
-        ("PSNR, 8 frames ahead", (db(before.psnr[MODEL]), db(after.psnr[MODEL]), db(after.psnr[BASELINE]))),
-        (
-            "PSNR of the mean error",
-            tuple(db(r.psnr_of_mean_mse[k]) for r, k in ((before, MODEL), (after, MODEL), (after, BASELINE))),
-        ),
-        ("SSIM", tuple(f"{r.ssim[k]:.3f}" for r, k in ((before, MODEL), (after, MODEL), (after, BASELINE)))),
-        ("action sensitivity", (db(before.action_sensitivity), db(after.action_sensitivity), db(0.0))),
-    ]  # pyright: ignore[reportReturnType]
 
 
 @click.command()
