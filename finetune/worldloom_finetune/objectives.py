@@ -6,7 +6,7 @@ Letters: b batch, t latent frames, c channels, h w latent size, T video frames.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ class FlowConfig:
     """Timestep shift; above 1 trains more at high noise."""
     action_dropout: float = 0.1
     """Share of samples that get the null action, so that guidance on actions is possible."""
+    pixel_weighting: float = 0.0
+    """Exponent p: a latent channel weighs (its part in the error of pixels) ** p. 0: all alike; 1: as pixels do."""
 
 
 def noise_levels(b: int, t: int, config: FlowConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -50,12 +52,40 @@ def noise_levels(b: int, t: int, config: FlowConfig, generator: torch.Generator)
     return torch.where(is_context, context, level), (~is_context).float()
 
 
+@torch.no_grad()
+def channel_weights(tokenizer: Any, latents: Tensor, exponent: float) -> Tensor:
+    """How much each latent channel matters to pixels, ``(c,)`` of mean 1.
+
+    The share of channel i is the mean squared change of the decoded video when noise is added to that channel alone.
+    Normalised latents make all channels equally large, though the first may carry most of the picture.
+
+    Args:
+        latents: some real ones, ``(b, c, t, h, w)``.
+        exponent: 0 gives ones, 1 weighs as the squared error of pixels would.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.3 * torch.randn(latents[:, :1].shape, generator=generator).to(latents)
+    still = tokenizer.decode(latents)
+    shares = []
+    for channel in range(latents.shape[1]):
+        moved = latents.clone()
+        moved[:, channel : channel + 1] += noise
+        shares.append((tokenizer.decode(moved) - still).square().mean())
+    weights = torch.stack(shares).clamp_min(1e-12) ** exponent
+    return weights / weights.mean()
+
+
 def rectified_flow_loss(
-    model: nn.Module, batch: LatentBatch, config: FlowConfig, generator: torch.Generator
+    model: nn.Module,
+    batch: LatentBatch,
+    config: FlowConfig,
+    generator: torch.Generator,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Mean squared error of the velocity, noise - clean, over the frames that are not clean context.
 
-    ``generator`` is a CPU generator; equal states give equal losses. Returns the loss and metrics to log.
+    ``generator`` is a CPU generator; equal states give equal losses. ``weights (c,)`` are those of `channel_weights`.
+    Returns the loss and metrics to log.
 
     Raises:
         WorldloomError: if the loss is not finite.
@@ -68,7 +98,10 @@ def rectified_flow_loss(
     level, weight, keep_action = (x.to(latents.device) for x in (level, weight, keep_action))
 
     velocity = model(flow_interpolate(latents, noise, level), level, batch.actions, batch.text, action_mask=keep_action)
-    error = (velocity - (noise - latents)).square().mean(dim=(1, 3, 4))  # (b, c, t, h, w) -> (b, t)
+    squares = (velocity - (noise - latents)).square()
+    if weights is not None:
+        squares = squares * weights.to(squares)[None, :, None, None, None]
+    error = squares.mean(dim=(1, 3, 4))  # (b, c, t, h, w) -> (b, t)
     loss = (error * weight).sum() / weight.sum().clamp_min(1)
     if not torch.isfinite(loss):
         raise WorldloomError(

@@ -25,7 +25,7 @@ from worldloom.weights import WEIGHTS, assign_weights, read_weights, write_weigh
 from worldloom_finetune import data, lora
 from worldloom_finetune.config import FinetuneConfig
 from worldloom_finetune.export import artifact_of, rounded
-from worldloom_finetune.objectives import FlowConfig, rectified_flow_loss
+from worldloom_finetune.objectives import FlowConfig, channel_weights, rectified_flow_loss
 from worldloom_model_zoo.predict.checkpoint import PredictAdapter, fresh_actions
 from worldloom_model_zoo.predict.config import PredictCheckpoint, PredictConfig, TokenizerRef
 from worldloom_model_zoo.predict.inputs import align_actions
@@ -93,6 +93,7 @@ class WorldJob:
         model_config = base.checkpoint.model
         self.unused = bool(model_config.context_dim) or bool(model_config.action_dim and not dataset.index.action_dim)
         self._tokenizer: Any = None
+        self._weights: Tensor | None = None  # of the latent channels in the loss
 
     # -- opening --------------------------------------------------------------------------------------------------
 
@@ -167,7 +168,23 @@ class WorldJob:
 
     def loss(self, batch: LatentBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """Rectified-flow loss of a batch of latents."""
-        return rectified_flow_loss(self.model, batch, self.config.objective, generator)
+        return rectified_flow_loss(self.model, batch, self.config.objective, generator, self._channel_weights())
+
+    def _channel_weights(self) -> Tensor | None:
+        if not self.config.objective.pixel_weighting:
+            return None
+        if self._weights is None:
+            count = min(8, len(self.train))
+            latents = self.train.collate([self.train.item(0, i) for i in data.spread(len(self.train), count)]).latents
+            tokenizer = self._load_tokenizer()
+            if tokenizer is None:
+                raise WorldloomError(
+                    "objective.pixel_weighting needs the tokenizer, which is not here",
+                    got=(self.dataset.index.tokenizer or {}).get("name"),
+                    do="set objective.pixel_weighting=0",
+                )
+            self._weights = channel_weights(tokenizer, latents, self.config.objective.pixel_weighting)
+        return self._weights
 
     def sample(self) -> np.ndarray | None:
         """Held-out clips (decoded latents) above what the model makes of their beginning and their actions."""

@@ -9,6 +9,7 @@ from worldloom import LatentBatch, WorldloomError
 from worldloom_finetune.objectives import (
     FlowConfig,
     ReconstructionConfig,
+    channel_weights,
     noise_levels,
     rectified_flow_loss,
     tokenizer_loss,
@@ -89,6 +90,30 @@ def test_equal_generators_give_equal_losses_and_gradients_reach_every_weight() -
     assert first != other
     first.backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+def test_channel_weights_are_the_share_of_each_channel_in_pixels() -> None:
+    class Linear:
+        """Channel i is worth i + 1 in every pixel."""
+
+        def decode(self, latents: torch.Tensor) -> torch.Tensor:
+            return (latents * torch.arange(1.0, 5)[None, :, None, None, None]).sum(dim=1, keepdim=True)
+
+    latents = torch.randn(2, 4, 3, 2, 2)
+    weights = channel_weights(Linear(), latents, 1.0)
+    torch.testing.assert_close(weights, torch.tensor([1.0, 4, 9, 16]) / 7.5)
+    torch.testing.assert_close(channel_weights(Linear(), latents, 0.0), torch.ones(4))
+    data = batch()
+    weighed = torch.arange(16.0)
+
+    class Biased(Oracle):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs) + weighed[None, :, None, None, None]
+
+    loss, _ = rectified_flow_loss(
+        Biased(data.latents), data, FlowConfig(), torch.Generator().manual_seed(0), torch.tensor([1.0] + [0.0] * 15)
+    )
+    assert loss < 1e-6  # the one channel that counts is right
 
 
 def test_losses_that_are_not_finite_are_refused() -> None:
