@@ -184,13 +184,17 @@ def test_latents_of_another_tokenizer_do_not_fit_a_model(base_folder: Path, tmp_
 def test_latents_are_trained_on_where_their_tokenizer_is_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    summary = _train(make_latents(tmp_path / "data"), tmp_path / "run", "trainer.max_steps=2")
+    data = make_latents(tmp_path / "data")
+    with pytest.raises(WorldloomError, match="pixel_weighting needs the tokenizer"):
+        _train(data, tmp_path / "weighted", "trainer.max_steps=2")
+    summary = _train(data, tmp_path / "run", "trainer.max_steps=2", "objective.pixel_weighting=0")
     assert summary["steps"] == 2
     assert "no samples" in capsys.readouterr().err
 
 
 def test_data_without_actions(tmp_path: Path) -> None:
-    summary = _train(make_latents(tmp_path / "data", actions=0), tmp_path / "run", "trainer.max_steps=2")
+    data = make_latents(tmp_path / "data", actions=0)
+    summary = _train(data, tmp_path / "run", "trainer.max_steps=2", "objective.pixel_weighting=0")
     assert configs.read_toml(Path(summary["model"]) / "config.toml")["model"]["action_dim"] == 0
 
 

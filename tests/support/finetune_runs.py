@@ -115,7 +115,7 @@ def _child(run: dict[str, Any], rank: int, port: int) -> None:
     if run["world"] > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(run["world"])}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    overrides = (*SMALL, *run["set"], f"trainer.devices={run['world']}")
+    overrides = (*SMALL, "objective.pixel_weighting=0", *run["set"], f"trainer.devices={run['world']}")
     config = train.load_config("world", None, overrides)
     request = train.Request(
         "world", run["data"], run.get("model", "predict/tiny"), run["out"], command="a test", quiet=True
