@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from worldloom.lazy import exports
 
 if TYPE_CHECKING:
     from worldloom_curation.config import CurateConfig
@@ -10,20 +12,14 @@ if TYPE_CHECKING:
 
 __all__ = ["CurateConfig", "Observer", "Source", "Span", "Stage", "Verdict"]
 
-_HOMES = {
-    "CurateConfig": "config",
-    "Observer": "stage",
-    "Source": "stage",
-    "Span": "stage",
-    "Stage": "stage",
-    "Verdict": "stage",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import on first use: the catalog must be readable without numpy."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = exports(
+    __name__,
+    {
+        "CurateConfig": "worldloom_curation.config",
+        "Observer": "worldloom_curation.stage",
+        "Source": "worldloom_curation.stage",
+        "Span": "worldloom_curation.stage",
+        "Stage": "worldloom_curation.stage",
+        "Verdict": "worldloom_curation.stage",
+    },
+)

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from worldloom.lazy import exports
 
 if TYPE_CHECKING:
-    from worldloom_model_zoo.loading import load_model
+    from worldloom.loading import load_model
     from worldloom_model_zoo.predict.config import PredictConfig
     from worldloom_model_zoo.predict.model import KVCache, PredictTransformer
     from worldloom_model_zoo.predict.pipeline import PredictPipeline
 
 __all__ = ["KVCache", "PredictConfig", "PredictPipeline", "PredictTransformer", "load_model"]
 
-_HOMES = {
-    "KVCache": "predict.model",
-    "PredictConfig": "predict.config",
-    "PredictPipeline": "predict.pipeline",
-    "PredictTransformer": "predict.model",
-    "load_model": "loading",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import on first use: the catalog must be readable without torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = exports(
+    __name__,
+    {
+        "KVCache": "worldloom_model_zoo.predict.model",
+        "PredictConfig": "worldloom_model_zoo.predict.config",
+        "PredictPipeline": "worldloom_model_zoo.predict.pipeline",
+        "PredictTransformer": "worldloom_model_zoo.predict.model",
+        "load_model": "worldloom.loading",
+    },
+)

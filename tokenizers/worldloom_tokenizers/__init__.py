@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from worldloom.lazy import exports
 
 if TYPE_CHECKING:
     from worldloom_tokenizers.causal_vae import CausalVAE
@@ -12,18 +14,12 @@ if TYPE_CHECKING:
 
 __all__ = ["CausalVAE", "CausalVAEConfig", "encode_dataset", "load_tokenizer"]
 
-_HOMES = {
-    "CausalVAE": "causal_vae",
-    "CausalVAEConfig": "config",
-    "encode_dataset": "encode",
-    "load_tokenizer": "checkpoint",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import on first use: the catalog must be readable without torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = exports(
+    __name__,
+    {
+        "CausalVAE": "worldloom_tokenizers.causal_vae",
+        "CausalVAEConfig": "worldloom_tokenizers.config",
+        "encode_dataset": "worldloom_tokenizers.encode",
+        "load_tokenizer": "worldloom_tokenizers.checkpoint",
+    },
+)
