@@ -93,7 +93,6 @@ def finish(
         curve: the recorded steps.
         seconds: wall-clock times of this process by what they were spent on.
     """
-    from worldloom_finetune.train import write_summary
 
     out = Path(request.out)
     job.finish()
@@ -185,3 +184,10 @@ hash of their id, and noise that is the same every time.
 {configs.dumps(config).strip()}
 ```
 """
+
+
+def write_summary(out: Path, summary: Mapping[str, Any]) -> None:
+    """Write ``summary.json``; its presence says that the run is complete."""
+    import json
+
+    atomic_write(out / "summary.json", json.dumps(summary, indent=1, sort_keys=True) + "\n")

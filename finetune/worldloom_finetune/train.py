@@ -17,7 +17,6 @@ from typing import Any
 
 from worldloom import config as configs
 from worldloom import registry
-from worldloom.artifacts import atomic_write
 from worldloom.errors import WorldloomError
 from worldloom.progress import progress
 from worldloom_finetune import launch
@@ -391,13 +390,6 @@ def from_json(record: Mapping[str, Any]) -> tuple[Request, FinetuneConfig]:
     request = Request(**record["request"])
     job = registry.load("recipes", request.recipe)
     return request, configs.load(job.config_class, base=record["config"])
-
-
-def write_summary(out: Path, summary: Mapping[str, Any]) -> None:
-    """Write ``summary.json``; its presence says that the run is complete."""
-    import json
-
-    atomic_write(out / "summary.json", json.dumps(summary, indent=1, sort_keys=True) + "\n")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
