@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from worldloom import config as configs
-from worldloom.artifacts import Store, atomic_dir, code_version, file_digest
+from worldloom.artifacts import Store, atomic_dir, atomic_write, code_version, file_digest
 from worldloom.errors import WorldloomError
 from worldloom_finetune import lora
 from worldloom_finetune.config import FinetuneConfig
