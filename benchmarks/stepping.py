@@ -1,7 +1,8 @@
 """Stepping a causal world model: key-value cache against recomputing the window, same weights, interleaved.
 
 Both sides draw the same latent frames (checked). The figure is the ratio of their median times per frame, cached over
-recomputed, for three lengths of the past. Peer: this network without its cache, which is what a model without one has to do.
+recomputed, for three lengths of the past. Peer: this network without
+its cache, which is what a model without one has to do.
 
     python benchmarks/stepping.py [--frames 12] [--steps 4]
 """
@@ -76,13 +77,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="sampler steps per frame")
     args = parser.parse_args()
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}; median of {args.frames} frames"
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}; "
+        f"median of {args.frames} frames"
     )
     for context in (2, 8, 24):
         cached, recomputed = compare(context, args.frames, args.steps)
-        print(
-            f"past of {context} latent frames: cached {1e3 * cached:.1f} ms, recomputed {1e3 * recomputed:.1f} ms a frame"
-        )
+        print(f"past of {context} latent frames: cached {1e3 * cached:.1f} ms, recomputed {1e3 * recomputed:.1f} ms")
         print(f"ratio stepping-{context}: {cached / recomputed:.3f} (time, lower is better)")
 
 
