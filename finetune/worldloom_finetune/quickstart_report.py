@@ -49,8 +49,8 @@ def result_rows(before: Any, after: Any) -> list[tuple[str, tuple[str, str, str]
     return [
         ("PSNR, 8 frames ahead", (db(before.psnr[MODEL]), db(after.psnr[MODEL]), db(after.psnr[BASELINE]))),
         (
-            "PSNR of the mean error",
-            tuple(db(r.psnr_of_mean_mse[k]) for r, k in ((before, MODEL), (after, MODEL), (after, BASELINE))),
+            "mean PSNR of frames",
+            tuple(db(r.psnr_per_frame[k]) for r, k in ((before, MODEL), (after, MODEL), (after, BASELINE))),
         ),
         ("SSIM", tuple(f"{r.ssim[k]:.3f}" for r, k in ((before, MODEL), (after, MODEL), (after, BASELINE)))),
         ("action sensitivity", (db(before.action_sensitivity), db(after.action_sensitivity), db(0.0))),

@@ -3,10 +3,11 @@
 What is measured, on windows of ``context + horizon`` frames of the clips:
 
 - Every figure compares 8-bit frames, as a viewer gets them, over the predicted frames only.
-- PSNR of a frame is ``10 log10(255^2 / MSE)``, MSE over all its pixels and channels, floored at 1/12, the error of
-  rounding, so that two equal frames give 58.9 dB and not infinity. ``psnr`` is the mean of that over frames and
-  windows, for the model, the baseline and the tokenizer alike. ``psnr_of_mean_mse`` pools the errors first; easy
-  frames weigh less in it.
+- PSNR is ``10 log10(255^2 / MSE)``, MSE over the pixels and channels of all predicted frames of all windows, as
+  torchmetrics' ``PeakSignalNoiseRatio`` has it, for the model, the baseline and the tokenizer alike. The headline
+  figures (gain, action sensitivity, curves) are of this kind.
+- ``psnr_per_frame`` is the mean of every frame's own PSNR, its MSE floored at 1/12, the error of rounding, so that two
+  equal frames give 58.9 dB and not infinity. Frames in which nothing moves weigh heavily in it, and favour repetition.
 - SSIM (Wang et al. 2004; torchmetrics, 11-pixel Gaussian, borders reflected) is the mean over the same frames.
 - The baseline repeats the last context frame.
 - Action sensitivity is the PSNR with the true actions minus the PSNR with another clip's actions after the context
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from worldloom_model_zoo.predict.pipeline import PredictPipeline
 
 MODEL, BASELINE, SHUFFLED, TOKENIZER = "model", "repeat last frame", "model, shuffled actions", "tokenizer"
+
+
+DERIVED = ("gain", "gain_per_frame", "action_sensitivity", "action_sensitivity_per_frame")
 
 
 @dataclass(frozen=True)
@@ -92,15 +96,13 @@ class EvalResult:
     """What was measured; figures are means over the windows' predicted frames."""
 
     psnr: dict[str, float]
-    """dB, for `MODEL`, `BASELINE`, `TOKENIZER`, and `SHUFFLED` where there are actions."""
-    psnr_of_mean_mse: dict[str, float]
-    """dB of the pooled error, for the same."""
+    """dB of the mean error, for `MODEL`, `BASELINE`, `TOKENIZER`, and `SHUFFLED` where there are actions."""
+    psnr_per_frame: dict[str, float]
+    """dB, mean over frames, for the same."""
     ssim: dict[str, float]
     """For the same."""
     curves: dict[str, list[float]]
-    """dB for each frame ahead, 1 to horizon, for the same."""
-    action_sensitivity: float | None
-    """dB; None where there are no actions to shuffle."""
+    """dB of the mean error of each frame ahead, 1 to horizon, for the same."""
     windows: int
     """Test cases."""
     clips: int
@@ -122,18 +124,34 @@ class EvalResult:
 
     @property
     def gain(self) -> float:
-        """Model minus baseline, dB."""
+        """Model minus baseline, dB of `psnr`."""
         return self.psnr[MODEL] - self.psnr[BASELINE]
+
+    @property
+    def gain_per_frame(self) -> float:
+        """Model minus baseline, dB of `psnr_per_frame`."""
+        return self.psnr_per_frame[MODEL] - self.psnr_per_frame[BASELINE]
+
+    @property
+    def action_sensitivity(self) -> float | None:
+        """True minus shuffled actions, dB of `psnr`; None where there are no actions to shuffle."""
+        return self.psnr[MODEL] - self.psnr[SHUFFLED] if SHUFFLED in self.psnr else None
+
+    @property
+    def action_sensitivity_per_frame(self) -> float | None:
+        """The same, dB of `psnr_per_frame`."""
+        return self.psnr_per_frame[MODEL] - self.psnr_per_frame[SHUFFLED] if SHUFFLED in self.psnr else None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the frames, JSON-ready."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "examples"}
-        return {**plain, "gain": self.gain, "config": dataclasses.asdict(self.config), "notes": list(self.notes)}
+        derived = {name: getattr(self, name) for name in DERIVED}
+        return {**plain, **derived, "config": dataclasses.asdict(self.config), "notes": list(self.notes)}
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> EvalResult:
         """The reverse of `to_dict`, without frames."""
-        values = {key: value for key, value in plain.items() if key != "gain"}
+        values = {key: value for key, value in plain.items() if key not in DERIVED}
         values |= {"config": EvalConfig(**plain["config"]), "notes": tuple(plain["notes"])}
         return cls(**values)
 
@@ -209,15 +227,13 @@ def evaluate(
         if progress is not None:
             progress(first + len(truth), len(windows))
 
-    means = tally.psnr()
     if exact := tally.exact(BASELINE):
         notes.append(f"{exact:.1%} of the predicted frames equal the last context frame and give the baseline 58.9 dB.")
     return EvalResult(
-        psnr=means,
-        psnr_of_mean_mse=tally.psnr_of_mean_mse(),
+        psnr=tally.psnr(),
+        psnr_per_frame=tally.psnr_per_frame(),
         ssim=tally.ssim(),
         curves=tally.curves(),
-        action_sensitivity=means[MODEL] - means[SHUFFLED] if SHUFFLED in means else None,
         windows=len(windows),
         clips=len({window.clip for window in windows}),
         frames_per_second=len(windows) * config.horizon / max(sampling, 1e-9),
@@ -365,17 +381,17 @@ class _Tally:
             self._similarity.setdefault(kind, []).extend(ssim(frames, truth))
 
     def of_window(self, row: int) -> dict[str, float]:
-        """Mean PSNR of one window."""
-        return {kind: float(psnr(errors[row]).mean()) for kind, errors in self._mse.items()}
+        """PSNR of the mean error of one window."""
+        return {kind: float(psnr(errors[row].mean())) for kind, errors in self._mse.items()}
 
     def psnr(self) -> dict[str, float]:
-        return {kind: float(psnr(np.stack(errors)).mean()) for kind, errors in self._mse.items()}
-
-    def psnr_of_mean_mse(self) -> dict[str, float]:
         return {kind: float(psnr(np.stack(errors).mean())) for kind, errors in self._mse.items()}
 
+    def psnr_per_frame(self) -> dict[str, float]:
+        return {kind: float(psnr(np.stack(errors)).mean()) for kind, errors in self._mse.items()}
+
     def curves(self) -> dict[str, list[float]]:
-        return {kind: psnr(np.stack(errors)).mean(axis=0).tolist() for kind, errors in self._mse.items()}
+        return {kind: psnr(np.stack(errors).mean(axis=0)).tolist() for kind, errors in self._mse.items()}
 
     def ssim(self) -> dict[str, float]:
         return {kind: float(np.mean(values)) for kind, values in self._similarity.items()}

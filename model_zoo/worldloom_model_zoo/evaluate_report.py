@@ -16,6 +16,7 @@ from worldloom.progress import progress
 from worldloom.shards import Dataset, open_dataset
 from worldloom_model_zoo.evaluate import (
     BASELINE,
+    DERIVED,
     MODEL,
     SHUFFLED,
     TOKENIZER,
@@ -62,7 +63,7 @@ def run(pipeline: Any, name: str, data: str | Path, config: EvalConfig, out: str
         "key": key,
         "model": name,
         "data": str(data),
-        **{k: plain[k] for k in ("psnr", "ssim", "gain", "action_sensitivity", "windows", "clips", "notes")},
+        **{k: plain[k] for k in ("psnr", "psnr_per_frame", "ssim", *DERIVED, "windows", "clips", "notes")},
         "seconds": round(time.monotonic() - started, 2),
         "report": str(out / "report.html"),
         "code_version": code_version(),
@@ -90,13 +91,13 @@ def _finished(out: Path, key: str) -> EvalResult | None:
         return None
 
 
-_COLUMNS = ("", "PSNR dB", "PSNR of mean error dB", "SSIM")
+_COLUMNS = ("", "PSNR dB", "mean of frames dB", "SSIM")
 
 
 def table_rows(result: EvalResult) -> list[tuple[str, float, float, float]]:
-    """Rows under ("", PSNR, PSNR of mean error, SSIM), the model first."""
+    """Rows under ("", PSNR, mean PSNR of frames, SSIM), the model first."""
     kinds = [kind for kind in (MODEL, BASELINE, SHUFFLED, TOKENIZER) if kind in result.psnr]
-    return [(kind, result.psnr[kind], result.psnr_of_mean_mse[kind], result.ssim[kind]) for kind in kinds]
+    return [(kind, result.psnr[kind], result.psnr_per_frame[kind], result.ssim[kind]) for kind in kinds]
 
 
 def print_table(result: EvalResult) -> None:
@@ -111,9 +112,13 @@ def print_table(result: EvalResult) -> None:
         table.add_row(kind, *(f"{value:.3f}" for value in values))
     console = Console(highlight=False, markup=False)
     console.print(table)
-    console.print(f"\nmodel minus repeat last frame  {_signed(result.gain)}")
-    if result.action_sensitivity is not None:
-        console.print(f"action sensitivity             {_signed(result.action_sensitivity)}")
+    per_frame = _signed(result.gain_per_frame)
+    console.print(f"\nmodel minus repeat last frame  {_signed(result.gain)}  (mean of frames {per_frame})")
+    if result.action_sensitivity is not None and result.action_sensitivity_per_frame is not None:
+        per_frame = _signed(result.action_sensitivity_per_frame)
+        console.print(
+            f"action sensitivity             {_signed(result.action_sensitivity)}  (mean of frames {per_frame})"
+        )
     console.print(
         f"{result.windows} windows of {result.clips} clips, {result.config.context} frames given, "
         f"{result.config.horizon} predicted, {result.frames_per_second:.3g} frames/s"
@@ -166,8 +171,10 @@ def add_to_report(report: Report, result: EvalResult, columns: int = 2) -> None:
         ]
         report.videos(videos, columns=columns)
     report.text(
-        "PSNR is the mean over frames and windows of each frame's PSNR (8-bit, all pixels and channels, error floored "
-        "at 1/12). Action sensitivity is the model's PSNR with the true actions minus its PSNR with another clip's. "
+        "PSNR is that of the mean error over all predicted frames (8-bit, all pixels and channels), as torchmetrics "
+        "has it. The mean of frames averages each frame's own PSNR, its error floored at 1/12; still frames, which "
+        "repeating gets exactly, weigh heavily there. Action sensitivity is the PSNR with the true actions minus that "
+        "with another clip's. "
         "The tokenizer row reconstructs the true frames: what the latents can express at best."
     )
 

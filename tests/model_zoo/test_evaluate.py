@@ -69,12 +69,14 @@ def test_the_figures_are_those_of_a_plain_computation(folder: Path, dataset: Dat
             model.append(10 * np.log10(255**2 / error))
             still = np.mean((truth[4].astype(float) - truth[5 + frame]) ** 2)
             baseline.append(10 * np.log10(255**2 / max(still, 1 / 12)))
-    assert result.psnr[MODEL] == pytest.approx(np.mean(model), abs=1e-3)
-    assert result.psnr[BASELINE] == pytest.approx(np.mean(baseline), abs=1e-3)
-    assert result.psnr_of_mean_mse[MODEL] == pytest.approx(10 * np.log10(255**2 / np.mean(mse)), abs=1e-3)
-    assert result.curves[MODEL] == pytest.approx(np.array(model).reshape(7, 8).mean(axis=0), abs=1e-3)
+    table = np.array(mse).reshape(7, 8)
+    assert result.psnr_per_frame[MODEL] == pytest.approx(np.mean(model), abs=1e-3)
+    assert result.psnr_per_frame[BASELINE] == pytest.approx(np.mean(baseline), abs=1e-3)
+    assert result.psnr[MODEL] == pytest.approx(10 * np.log10(255**2 / np.mean(mse)), abs=1e-3)
+    assert result.curves[MODEL] == pytest.approx(10 * np.log10(255**2 / table.mean(axis=0)), abs=1e-3)
     assert result.gain == pytest.approx(result.psnr[MODEL] - result.psnr[BASELINE])
-    assert [row[MODEL] for row in result.per_window] == pytest.approx(np.array(model).reshape(7, 8).mean(1), abs=1e-3)
+    assert result.gain_per_frame == pytest.approx(np.mean(model) - np.mean(baseline), abs=1e-3)
+    assert [row[MODEL] for row in result.per_window] == pytest.approx(10 * np.log10(255**2 / table.mean(1)), abs=1e-3)
 
 
 def test_ssim_agrees_with_the_papers_formula(result: EvalResult) -> None:

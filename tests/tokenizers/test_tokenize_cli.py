@@ -119,11 +119,11 @@ def test_evaluation_measures_what_a_plain_computation_does(folder: Path, clips: 
             errors.append(((made.astype(float) - truth) ** 2).mean(axis=(1, 2, 3)))
     table = 10 * np.log10(255**2 / np.stack(errors))
     assert result.windows == len(errors) == 3
-    assert result.psnr == pytest.approx(table.mean(), abs=1e-3)
+    assert result.psnr_per_frame == pytest.approx(table.mean(), abs=1e-3)
     assert result.psnr_worst == pytest.approx(table.min(), abs=1e-3)
     assert result.psnr_first == pytest.approx(table[:, 0].mean(), abs=1e-3)
     assert result.curve == pytest.approx(table.mean(axis=0), abs=1e-3)
-    assert result.psnr_of_mean_mse == pytest.approx(10 * np.log10(255**2 / np.mean(errors)), abs=1e-3)
+    assert result.psnr == pytest.approx(10 * np.log10(255**2 / np.mean(errors)), abs=1e-3)
     assert 0 < result.ssim < 1
     assert result.compression == pytest.approx(9 * 32 * 32 * 3 / (2 * 4 * 3 * 4 * 4))
     assert result.encode_fps > 1
@@ -135,7 +135,7 @@ def test_the_evaluation_command_writes_figures_and_a_report_once(folder: Path, c
     words = ("eval", clips.root, "--tokenizer", folder, "--frames", 9, "--size", 32, "--out", out)
     done = run(*words)
     assert done.exit_code == 0, done.output
-    assert "PSNR, mean over frames" in done.output
+    assert "PSNR, mean of frames" in done.output
     summary = json.loads((out / "summary.json").read_text())
     assert summary["windows"] == 3
     page = (out / "report.html").read_text()
