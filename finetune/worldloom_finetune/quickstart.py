@@ -33,7 +33,7 @@ class QuickstartConfig:
 
     env_id: str = "VizdoomHealthGathering-v1"
     """Environment that is recorded where no videos are given; the shipped model has not seen it."""
-    episodes: int = 20
+    episodes: int = 32
     """Episodes recorded for training."""
     test_episodes: int = 6
     """Episodes recorded with other seeds, for evaluation."""
@@ -43,7 +43,7 @@ class QuickstartConfig:
     """Simulator frames per action."""
     frames: int = 17
     """Length of a training window in video frames."""
-    steps: int = 80
+    steps: int = 400
     """Fine-tuning steps."""
     batch_size: int = 8
     """Windows per step."""

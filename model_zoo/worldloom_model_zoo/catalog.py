@@ -24,6 +24,6 @@ MODELS = {
         "summary": "Interactive world model of a 3-D maze (ViZDoom), 64x64, stepped by actions.",
         "family": "predict",
         "path": "weights/loom-world-nano",
-        "sha256": "",
+        "sha256": "b18e37afca89f3b736ebbe6f310e26b22906fa8969731a22e2e5ac82a7fc56f5",
     },
 }
