@@ -8,7 +8,6 @@ Every step is one call of the component that does it, in its own folder under OU
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -239,7 +238,8 @@ def run(out: Path, videos: Path | None, config: QuickstartConfig, model: str = _
         train, test = loop.gather()
     with loop.step("before", f"Evaluate {model} on the test clips, before"):
         before = loop.evaluate(model, test, "before")
-    with loop.step("finetune", f"Tokenise, then fine-tune {config.steps} steps: LoRA on DeepSpeed ZeRO-2"):
+    how = "LoRA on DeepSpeed ZeRO-2" if config.deepspeed else "LoRA"
+    with loop.step("finetune", f"Tokenise, then fine-tune {config.steps} steps: {how}"):
         trained = loop.finetune(train)
     tuned = str(trained["model"])
     with loop.step("after", "Evaluate on the same clips, after"):
@@ -259,7 +259,6 @@ def run(out: Path, videos: Path | None, config: QuickstartConfig, model: str = _
         "seconds": {**loop.seconds, "all": round(time.monotonic() - began, 1)},
         "sample": sample.id,
         "model": tuned,
-        "strategy": trained.get("strategy", ""),
         "curation": loop.facts.get("curation", {}),
         "before": {"psnr": before.psnr, "ssim": before.ssim, "action_sensitivity": before.action_sensitivity},
         "after": {"psnr": after.psnr, "ssim": after.ssim, "action_sensitivity": after.action_sensitivity},
@@ -333,6 +332,4 @@ def quickstart(videos: Path | None, model: str, out: Path, overrides: tuple[str,
         for name, kind, default, sentence in configs.describe(QuickstartConfig):
             click.echo(f"{name} = {default}  ({kind})\n    {sentence}")
         return
-    # Two worker pools on two cores only fight; the libraries read this when they are first imported.
-    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
     run(out, videos, configs.load(QuickstartConfig, overrides=overrides), model)

@@ -76,7 +76,8 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}{_TEMPORARY}")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on disk before going on."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -98,7 +99,7 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -117,13 +118,13 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         for item in sorted(temporary.rglob("*"), reverse=True):
-            _sync(item)
-        _sync(temporary)
+            sync(item)
+        sync(temporary)
         temporary.replace(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync(path.absolute().parent)
+    sync(path.absolute().parent)
 
 
 @functools.cache
@@ -354,11 +355,11 @@ class Store:
                         got=artifact.id,
                         do="make it again, or store it with copy=True",
                     )
-                _sync(temporary)
+                sync(temporary)
                 temporary.replace(target)
             finally:
                 temporary.unlink(missing_ok=True)
-            _sync(target.parent)
+            sync(target.parent)
         return dest
 
     def verify(self, id_or_prefix: str) -> list[str]:
@@ -402,11 +403,11 @@ class Store:
                 raise WorldloomError(
                     "the file changed while it was being stored", got=source, do="store it when nothing writes to it"
                 )
-            _sync(temporary)
+            sync(temporary)
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
-        _sync(Path(target).parent)
+        sync(Path(target).parent)
 
     def _write(self, target: str, data: bytes) -> None:
         if self._local:

@@ -48,6 +48,7 @@ __all__ = [
     "read_frames",
     "read_image",
     "resize",
+    "shrink",
     "to_frames",
     "to_tensor",
     "write_gif",
@@ -281,6 +282,15 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if height > h or width > w:
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
     return np.asarray(image, np.uint8).reshape(height, width, *channels)
+
+
+def shrink(image: np.ndarray, side: int) -> np.ndarray:
+    """A uint8 image ``(h, w, c)`` whose short side is at most `side`, its aspect ratio kept; a smaller one as it is."""
+    height, width = image.shape[:2]
+    scale = side / min(height, width)
+    if scale >= 1:
+        return image
+    return resize(image, (max(1, round(height * scale)), max(1, round(width * scale))))
 
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:

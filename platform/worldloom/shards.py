@@ -36,6 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from worldloom.artifacts import sync
 from worldloom.errors import WorldloomError
 from worldloom.members import ARRAYS, Entry, Kind, ShardSample, pack, read_members, round_up, scan_shard
 from worldloom.schema import Clip, ShardRef
@@ -196,7 +197,7 @@ class ShardWriter:
             digest.update(chunk)
         self._file.close()
         self._temporary.replace(self.root / self._name)
-        _sync_folder(self.root / "shards")
+        sync(self.root / "shards")
         self.shards.append(ShardRef(self._name, digest.hexdigest(), self._samples, size))
         self._tar, self._file = None, None
         self._number += 1
@@ -422,11 +423,3 @@ def read_index(read: Callable[[], bytes], root: str | Path) -> DatasetIndex:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WorldloomError("dataset.json is damaged", got=f"{file}: {error}", do="make the dataset again") from error
     return index
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from worldloom.errors import missing_extra
+from worldloom.media import shrink
 from worldloom_curation.stage import Observer, Source, Span, Verdict
 
 if TYPE_CHECKING:
@@ -48,11 +49,7 @@ class FrameChanges:
         self._changes: list[float] = []
 
     def add(self, frame: np.ndarray) -> None:
-        height, width = frame.shape[:2]
-        scale = self._side / min(height, width)
-        if scale < 1:
-            size = (max(1, round(width * scale)), max(1, round(height * scale)))
-            frame = self._cv2.resize(frame, size, interpolation=self._cv2.INTER_AREA)
+        frame = shrink(frame, self._side)
         grey = self._cv2.cvtColor(frame, self._cv2.COLOR_RGB2GRAY).astype(np.int16)
         known = len(self._before) == self._gap
         self._changes.append(float(np.abs(grey - self._before[0]).mean()) if known else float("nan"))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from worldloom.errors import WorldloomError, missing_extra
+from worldloom.media import shrink
 from worldloom_curation.stage import Observer, Source, Span, Verdict
 
 if TYPE_CHECKING:
@@ -81,11 +82,7 @@ class ContentScores:
         self._scores: list[float] = []
 
     def add(self, frame: np.ndarray) -> None:
-        height, width = frame.shape[:2]
-        scale = self._side / min(height, width)
-        if scale < 1:
-            size = (max(1, round(width * scale)), max(1, round(height * scale)))
-            frame = self._cv2.resize(frame, size, interpolation=self._cv2.INTER_AREA)
+        frame = shrink(frame, self._side)
         at = self._timecode(len(self._scores), fps=self._fps)
         self._detector.process_frame(at, self._cv2.cvtColor(frame, self._cv2.COLOR_RGB2BGR))
         known = self._stats.metrics_exist(at, ["content_val"])

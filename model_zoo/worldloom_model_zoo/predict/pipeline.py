@@ -234,6 +234,8 @@ class _World:
         self.decoder_state: dict[Any, Tensor] = {}
         self.generators = _generators(batch, seed)
         self.shape: tuple[int, ...] = ()
+        self.newest: tuple[Tensor, Tensor | None] | None = None
+        """The last sampled frame and its actions, taken into the cache when the next one needs it."""
 
     def observe(self, latents: Tensor, actions: Tensor | None) -> None:
         """Take clean latent frames ``(b, c, t, h, w)`` and the actions that led to them into the cache."""
@@ -246,7 +248,9 @@ class _World:
         self.model(latents, level, actions, cache=self.cache, commit=True)
 
     def advance(self, actions: Tensor | None, tick: Callable[[], None] = lambda: None) -> Tensor:
-        """Sample the next latent frame ``(b, c, 1, h, w)`` and take it into the cache; `tick` after each step."""
+        """Sample the next latent frame ``(b, c, 1, h, w)``; `tick` after each step."""
+        if self.newest is not None:
+            self.observe(*self.newest)
         reference = self.cache.keys[0]
         noise = _noise(self.generators, self.shape, reference)
         b, scale = len(self.generators), self.sampler.guidance_scale
@@ -260,7 +264,7 @@ class _World:
             return made
 
         latents = flow_euler(velocity, noise, flow_levels(self.sampler.steps, self.sampler.shift))
-        self.observe(latents, actions)
+        self.newest = (latents, actions)
         return latents
 
 
