@@ -16,6 +16,9 @@ class DataConfig:
     """Video frames of a training window; 0 takes all that every sample has."""
     size: tuple[int, int] | None = None
     """Height and width that clips are fitted to before they are encoded or trained on; unset keeps their own."""
+    crop: tuple[int, int] | None = None
+    """Height and width of what is cut from the frames of a clip, at a random place in training; clips may then be of
+    different sizes. Only the recipe "tokenizer" takes it."""
     stride: int = 0
     """Frames between the starts of windows cut from a clip; 0 means windows that do not overlap."""
     num_workers: int = 0

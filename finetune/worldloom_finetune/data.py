@@ -263,60 +263,46 @@ class FrameBank:
     """All decoded frames of a clips dataset in one memory-mapped file, so that they are decoded once.
 
     The file is a cache: it is made again when the dataset or the size changes.
+
+    Args:
+        pixels: uint8, all clips one behind the other.
+        shapes: (frames, height, width) of each clip.
+        clips: what they are.
     """
 
-    def __init__(
-        self, frames: np.ndarray, starts: Sequence[int], lengths: Sequence[int], clips: Sequence[Clip]
-    ) -> None:
-        self.frames, self.starts, self.lengths, self.clips = frames, list(starts), list(lengths), list(clips)
+    def __init__(self, pixels: np.ndarray, shapes: Sequence[tuple[int, int, int]], clips: Sequence[Clip]) -> None:
+        self.pixels, self.shapes, self.clips = pixels, list(shapes), list(clips)
+        self.starts = np.cumsum([0, *(t * h * w * 3 for t, h, w in self.shapes)]).tolist()
+
+    def frames(self, clip: int) -> np.ndarray:
+        """uint8 ``(t, h, w, 3)``, read only as it is looked at."""
+        return self.pixels[self.starts[clip] : self.starts[clip + 1]].reshape(*self.shapes[clip], 3)
 
     @classmethod
     def open(
         cls, dataset: Any, size: tuple[int, int] | None, cache: Path, progress: Callable[[int, int], None]
     ) -> FrameBank:
         """Decode `dataset` (or reuse `cache`) with frames fitted to `size` (height, width)."""
+        import json
+
         from worldloom import media
         from worldloom.artifacts import atomic_write
 
         key = f"{dataset.id}-{'x'.join(map(str, size)) if size else 'own'}"
-        path, record = cache / f"{key}.npy", cache / f"{key}.lengths.npy"
-        samples = len(dataset)
+        path, record = cache / f"{key}.u8", cache / f"{key}.json"
         if not (path.is_file() and record.is_file()):
             cache.mkdir(parents=True, exist_ok=True)
-            lengths, pieces = [], cache / f".{key}.part"
-            shape: tuple[int, ...] = ()
-            with open(pieces, "wb") as file:
+            shapes, temporary = [], cache / f".{key}.part"
+            with open(temporary, "wb") as file:
                 for i, sample in enumerate(dataset):
-                    frames = media.read_frames(sample.video)
-                    frames = media.fit(frames, size) if size else frames
-                    if shape and frames.shape[1:] != shape:
-                        raise WorldloomError(
-                            "the clips have different sizes",
-                            got=f"{shape[:2]} and {frames.shape[1:3]}",
-                            do="set data.size, e.g. --set data.size=[64,64]",
-                        )
-                    shape = frames.shape[1:]
-                    lengths.append(len(frames))
+                    frames = media.read_frames(sample.video, size=size)
+                    shapes.append(frames.shape[:3])
                     file.write(frames.tobytes())
-                    progress(i + 1, samples)
-            total = np.memmap(pieces, np.uint8, mode="r", shape=(sum(lengths), *shape))
-            temporary = cache / f".{key}.npy"
-            out = np.lib.format.open_memmap(temporary, "w+", np.uint8, total.shape)
-            for k in range(0, len(total), 4096):
-                out[k : k + 4096] = total[k : k + 4096]
-            out.flush()
-            del out, total
-            pieces.unlink()
+                    progress(i + 1, len(dataset))
             temporary.replace(path)
-            import io
-
-            buffer = io.BytesIO()
-            np.save(buffer, np.asarray(lengths, np.int64))
-            atomic_write(record, buffer.getvalue())
-        clips = list(dataset.clips())
-        lengths = np.load(record, allow_pickle=False).tolist()
-        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(int).tolist() if lengths else []
-        return cls(np.load(path, mmap_mode="r", allow_pickle=False), starts, lengths, clips)
+            atomic_write(record, json.dumps(shapes))
+        shapes = [tuple(shape) for shape in json.loads(record.read_text())]
+        return cls(np.memmap(path, np.uint8, mode="r"), shapes, list(dataset.clips()))
 
 
 class ClipItems:
@@ -326,17 +312,40 @@ class ClipItems:
         bank: the frames.
         indices: clips of this split.
         length: frames of a window.
-        seed: seeds the shifts.
+        seed: seeds the shifts and crops.
         jitter: shift windows (training), or leave them in place (validation).
         stride: frames between the starts of windows; 0 takes `length`.
+        crop: (height, width) to cut from the frames, at a random place where there is jitter, else from the centre.
+
+    Raises:
+        WorldloomError: clips of different sizes without a crop, or a crop that is larger than a clip.
     """
 
     def __init__(
-        self, bank: FrameBank, indices: Sequence[int], length: int, seed: int, *, jitter: bool, stride: int = 0
+        self,
+        bank: FrameBank,
+        indices: Sequence[int],
+        length: int,
+        seed: int,
+        *,
+        jitter: bool,
+        stride: int = 0,
+        crop: tuple[int, int] | None = None,
     ) -> None:
-        self._bank, self._length, self._seed, self._jitter = bank, length, seed, jitter
+        self._bank, self._length, self._seed, self._jitter, self._crop = bank, length, seed, jitter, crop
+        sizes = {bank.shapes[clip][1:] for clip in indices}
+        if crop is None and len(sizes) > 1:
+            raise WorldloomError(
+                "the clips have different sizes",
+                got=" and ".join(map(str, sorted(sizes)[:2])),
+                do="set data.size, e.g. --set data.size=[64,64], or data.crop",
+            )
+        if crop is not None and any(size[0] < crop[0] or size[1] < crop[1] for size in sizes):
+            raise WorldloomError("data.crop is larger than a clip", got=f"{crop}, the smallest clip has {min(sizes)}")
         step = stride or length
-        self.windows = [(clip, start) for clip in indices for start in range(0, bank.lengths[clip] - length + 1, step)]
+        self.windows = [
+            (clip, start) for clip in indices for start in range(0, bank.shapes[clip][0] - length + 1, step)
+        ]
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -344,12 +353,19 @@ class ClipItems:
     def item(self, epoch: int, index: int) -> np.ndarray:
         """uint8 ``(T, h, w, 3)``."""
         clip, start = self.windows[index]
+        frames = self._bank.frames(clip)
         if self._jitter:
-            room = self._bank.lengths[clip] - self._length
             shift = noise_seed(self._seed, 1, epoch, index) % self._length
-            start = min(start + shift, room)
-        at = self._bank.starts[clip] + start
-        return np.asarray(self._bank.frames[at : at + self._length])
+            start = min(start + shift, len(frames) - self._length)
+        window = frames[start : start + self._length]
+        if self._crop is None:
+            return np.asarray(window)
+        room = [have - want for have, want in zip(window.shape[1:3], self._crop, strict=True)]
+        if self._jitter:
+            y, x = (noise_seed(self._seed, 2 + axis, epoch, index) % (free + 1) for axis, free in enumerate(room))
+        else:
+            y, x = (free // 2 for free in room)
+        return np.asarray(window[:, y : y + self._crop[0], x : x + self._crop[1]])
 
     def collate(self, items: Sequence[np.ndarray]) -> torch.Tensor:
         """``(b, 3, T, h, w)`` float in [-1, 1]."""

@@ -30,7 +30,7 @@ class TokenizerTraining(FinetuneConfig):
     objective: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     """What the loss is made of."""
     model: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of `CausalVAEConfig` that differ from the preset; for training from scratch."""
+    """Fields of `CausalVAEConfig` that differ from the preset, or, of a tokenizer that has weights, new ``levels``."""
 
 
 class TokenizerJob:
@@ -79,27 +79,31 @@ class TokenizerJob:
         else:
             from worldloom_tokenizers import load_tokenizer
 
-            if config.model:
-                raise WorldloomError("[model] is for training from scratch", got=dict(config.model), do="remove it")
-            model = load_tokenizer(request.model).train()
+            model = load_tokenizer(request.model)
             digests["base"] = model.fingerprint
             inputs += (f"model:{request.model}@{model.fingerprint}",)
+            if config.model:
+                model = _discretised(model, config.model)
         length = config.data.frames or 1 + 2 * model.config.temporal_ratio
         if (length - 1) % model.config.temporal_ratio:
             raise WorldloomError(f"data.frames must be 1 + {model.config.temporal_ratio} k", got=length)
         train, val = data.split([clip.id for clip in bank.clips], config.data.val_fraction)
         seed, stride = config.trainer.seed, config.data.stride
-        training = data.ClipItems(bank, train, length, seed, jitter=True, stride=stride)
+        crop = config.data.crop
+        training = data.ClipItems(bank, train, length, seed, jitter=True, stride=stride, crop=crop)
         if not len(training):
+            longest = max((shape[0] for shape in bank.shapes), default=0)
             raise WorldloomError(
                 "no clip is long enough for a training window",
-                got=f"data.frames = {length}, the longest clip has {max(bank.lengths, default=0)}",
+                got=f"data.frames = {length}, the longest clip has {longest}",
                 do="lower data.frames",
             )
         if request.model in PRESETS:
             count = min(len(training), _LINEAR_WINDOWS)
             model.initialise_linear(training.collate([training.item(0, i) for i in data.spread(len(training), count)]))
-        return cls(config, model, training, data.ClipItems(bank, val, length, seed, jitter=False), digests, inputs)
+        return cls(
+            config, model, training, data.ClipItems(bank, val, length, seed, jitter=False, crop=crop), digests, inputs
+        )
 
     def loss(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """Reconstruction loss of a batch of windows."""
@@ -162,6 +166,19 @@ class TokenizerJob:
             f"become one vector of {c.latent_channels} numbers; the first frame is encoded alone. Written by "
             "`worldloom finetune tokenizer`; read by `worldloom_tokenizers.load_tokenizer`."
         )
+
+
+def _discretised(model: Any, changes: Mapping[str, Any]) -> Any:
+    """A continuous tokenizer's weights under finite scalar quantisation: a far better start than random weights."""
+    from worldloom_tokenizers.causal_vae import CausalVAE
+
+    if set(changes) != {"levels"}:
+        raise WorldloomError(
+            "of a tokenizer that has weights, only [model] levels can be set", got=dict(changes), do="remove the others"
+        )
+    changed = CausalVAE(configs.load(type(model.config), base={**configs.to_dict(model.config), **changes}))
+    changed.load_state_dict(model.state_dict())
+    return changed
 
 
 def _bank(request: Any, config: TokenizerTraining) -> tuple[Any, data.FrameBank]:

@@ -46,6 +46,10 @@ class VideoTokenizer(Protocol):
         """Decode consecutive latent chunks of one video; concatenated, equal to `decode` of the whole."""
         ...
 
+    def encode_step(self, video: Tensor, state: dict[Any, Tensor]) -> Tensor:
+        """Encode the next frames of a stream whose state the caller holds; it starts as an empty dict."""
+        ...
+
     def decode_step(self, latents: Tensor, state: dict[Any, Tensor]) -> Tensor:
         """Decode the next latents of a stream whose state the caller holds; it starts as an empty dict."""
         ...

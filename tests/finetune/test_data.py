@@ -135,14 +135,15 @@ def test_clips_are_decoded_once_and_windows_stay_inside_their_clip(tmp_path: Pat
     bank = data.FrameBank.open(dataset, None, tmp_path / "cache", lambda done, total: calls.append(done))
     again = data.FrameBank.open(dataset, None, tmp_path / "cache", lambda done, total: calls.append(done))
     assert calls == [1, 2, 3]
-    assert (again.frames == bank.frames).all()
+    assert (again.pixels == bank.pixels).all()
     items = data.ClipItems(bank, [0, 2], length=5, seed=0, jitter=True)
     assert len(items) == 6
     starts = set()
     for epoch in range(8):
         for index in range(len(items)):
             window = items.item(epoch, index)
-            clip = bank.frames[bank.starts[items.windows[index][0]] :][:17]
+            clip = bank.frames(items.windows[index][0])
+            assert len(clip) == 17
             found = [s for s in range(13) if (clip[s : s + 5] == window).all()]
             assert found, "a window that is no part of its clip"
             starts.add(found[0])
@@ -151,19 +152,40 @@ def test_clips_are_decoded_once_and_windows_stay_inside_their_clip(tmp_path: Pat
     assert (fixed.item(0, 1) == fixed.item(5, 1)).all()
 
 
-def test_clips_of_two_sizes_need_a_size(tmp_path: Path) -> None:
+def test_clips_of_two_sizes_need_a_size_or_a_crop(tmp_path: Path) -> None:
     from worldloom import media, shards
     from worldloom.schema import Clip, clip_id
 
+    random = np.random.default_rng(0)
     with shards.ShardWriter(tmp_path / "d") as writer:
         for i, size in enumerate((16, 32)):
-            video = media.write_video(None, np.zeros((3, size, size, 3), np.uint8), 10)
+            pixels = random.integers(0, 256, (3, size, size, 3)).astype(np.uint8)
+            video = media.write_video(None, pixels, 10, lossless=True)
             clip = Clip(clip_id(f"{i}", 0, 3), "a", f"{i}", 0, 3, 10.0, size, size)
             writer.write(shards.ShardSample(clip, video))
         refs = writer.close()
     shards.commit_dataset(tmp_path / "d", refs)
     dataset = data.Joined([open_dataset(tmp_path / "d")])
+
+    def bank(size: tuple[int, int] | None) -> data.FrameBank:
+        return data.FrameBank.open(dataset, size, tmp_path / "cache", lambda done, total: None)
+
+    own = bank(None)
     with pytest.raises(WorldloomError, match="different sizes"):
-        data.FrameBank.open(dataset, None, tmp_path / "cache", lambda done, total: None)
-    bank = data.FrameBank.open(dataset, (16, 16), tmp_path / "cache", lambda done, total: None)
-    assert bank.frames.shape == (6, 16, 16, 3)
+        data.ClipItems(own, [0, 1], 3, 0, jitter=True)
+    with pytest.raises(WorldloomError, match="larger than a clip"):
+        data.ClipItems(own, [0, 1], 3, 0, jitter=True, crop=(24, 24))
+    fitted = data.ClipItems(bank((16, 16)), [0, 1], 3, 0, jitter=False)
+    assert [fitted.item(0, i).shape for i in (0, 1)] == [(3, 16, 16, 3)] * 2
+    cropped = data.ClipItems(own, [0, 1], 3, 0, jitter=True, crop=(8, 12))
+    places = set()
+    for epoch in range(16):
+        small, large = (cropped.item(epoch, i) for i in (0, 1))
+        assert small.shape == large.shape == (3, 8, 12, 3)
+        whole = own.frames(1)
+        found = [(y, x) for y in range(25) for x in range(21) if (whole[:, y : y + 8, x : x + 12] == large).all()]
+        assert len(found) == 1, "a crop that is no part of its clip"
+        places |= set(found)
+    assert len(places) > 8, "crops do not move between epochs"
+    centre = data.ClipItems(own, [1], 3, 0, jitter=False, crop=(8, 12))
+    assert (centre.item(3, 0) == own.frames(1)[:, 12:20, 10:22]).all()

@@ -14,19 +14,14 @@ Inside, tensors are ``(b*t, c, h, w)`` in channels-last memory: the fastest layo
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from worldloom.errors import WorldloomError
+from worldloom_tokenizers.codec import State, VideoCodec
 from worldloom_tokenizers.config import CausalVAEConfig
-
-State = dict[Any, Tensor]
-"""Keyed by temporal layer: the last ``kernel - 1`` frames it saw: ``(b, kernel-1, c, h, w)``."""
 
 
 class RMSNorm(nn.Module):
@@ -95,19 +90,18 @@ class Stack(nn.Module):
         return x
 
 
-class CausalVAE(nn.Module):
-    """The autoencoder. Implements `worldloom.protocols.VideoTokenizer`.
+class CausalVAE(VideoCodec):
+    """The autoencoder, continuous or, with ``config.levels``, discrete.
 
     ``encode`` gives normalised latents (about unit variance per channel); the statistics are buffers, set by
     `set_statistics` at the end of training and saved with the weights.
     """
 
-    latent_mean: Tensor
-    latent_std: Tensor
+    chunk = 8
 
     def __init__(self, config: CausalVAEConfig | None = None) -> None:
-        super().__init__()
-        self.config = config = config or CausalVAEConfig()
+        config = config or CausalVAEConfig()
+        super().__init__(config, config.temporal_ratio, config.spatial_ratio, config.latent_channels, config.levels)
         w2, w4, w8 = config.widths
         kernel, pixels = config.temporal_kernel, 3 * config.temporal_ratio
         self.patch = 4 if config.encoder_blocks[0] == 0 else 2
@@ -138,35 +132,17 @@ class CausalVAE(nn.Module):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(cast(Tensor, last.bias))
 
-        self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
-        self.register_buffer("latent_std", torch.ones(config.latent_channels))
+        # pixels that the convolutions see to each side, at 1/2, 1/4 and 1/8 of the frame size
+        enter, leave = self.patch, 2
+        self.encode_reach, self.decode_reach = (
+            -(-(extra + 8 + sum(2 * n * scale for n, scale in zip(blocks, (2, 4, 8), strict=True))) // 8)
+            for extra, blocks in ((enter, config.encoder_blocks), (leave, config.decoder_blocks))
+        )
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
-    @property
-    def temporal_ratio(self) -> int:
-        return self.config.temporal_ratio
+    # -- the networks of `VideoCodec`: all convolutions, so all of it is local ----------------------------------------
 
-    @property
-    def spatial_ratio(self) -> int:
-        return self.config.spatial_ratio
-
-    @property
-    def latent_channels(self) -> int:
-        return self.config.latent_channels
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 (hex) of the configuration and every weight, as float32."""
-        digest = hashlib.sha256(repr(self.config).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-        return digest.hexdigest()
-
-    # -- the networks, on raw (unnormalised) latents -------------------------------------------------------------
-
-    def encode_raw(self, video: Tensor, state: State | None = None) -> Tensor:
-        """``(b, 3, T, H, W)`` -> ``(b, c, t, h, w)`` before normalisation. A continued stream has T = r*t."""
+    def _to_features(self, video: Tensor, state: State | None) -> Tensor:
         ratio = self.config.temporal_ratio
         if not state:  # frame 0 fills a group of its own
             video = torch.cat([video[:, :, :1].expand(-1, -1, ratio - 1, -1, -1), video], dim=2)
@@ -182,8 +158,13 @@ class CausalVAE(nn.Module):
         x = x + self.linear_in(F.pixel_unshuffle(groups, 8).contiguous(memory_format=torch.channels_last))
         return x.unflatten(0, (b, t)).transpose(1, 2)  # (b*t, c, h, w) -> (b, c, t, h, w)
 
-    def decode_raw(self, latents: Tensor, state: State | None = None) -> Tensor:
-        """``(b, c, t, h, w)`` before normalisation -> ``(b, 3, T, H, W)``, not clamped."""
+    def _to_latents(self, features: Tensor, state: State | None) -> Tensor:
+        return features
+
+    def _from_latents(self, latents: Tensor, state: State | None) -> Tensor:
+        return latents
+
+    def _from_features(self, latents: Tensor, state: State | None) -> Tensor:
         ratio, first = self.config.temporal_ratio, not state
         b, _, t, _, _ = latents.shape
         z = latents.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)  # (b*t, c, h, w)
@@ -195,40 +176,6 @@ class CausalVAE(nn.Module):
         video = x.unflatten(1, (3, ratio)).unflatten(0, (b, t))  # (b, t, 3, r, H, W)
         video = video.permute(0, 2, 1, 3, 4, 5).flatten(2, 3)  # (b, 3, t*r, H, W)
         return video[:, :, ratio - 1 :] if first else video
-
-    # -- VideoTokenizer -------------------------------------------------------------------------------------------
-
-    def encode(self, video: Tensor) -> Tensor:
-        """``(b, 3, T, H, W)`` in [-1, 1], T = 1 + 4k, H and W multiples of 8 -> ``(b, c, 1+k, H/8, W/8)``.
-
-        Raises:
-            WorldloomError: for another shape, or values that are not finite.
-        """
-        self._check_video(video, first=True)
-        return self._normalise(self.encode_raw(video))
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """``(b, c, t, h, w)`` -> ``(b, 3, 1 + 4 (t-1), 8h, 8w)``, clamped to [-1, 1]."""
-        self._check_latents(latents)
-        return self.decode_raw(self._denormalise(latents)).clamp(-1, 1)
-
-    def stream_encode(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Consecutive chunks of one video: the first of 1 + 4k frames, the others of 4k."""
-        state: State = {}
-        for chunk in chunks:
-            self._check_video(chunk, first=not state)
-            yield self._normalise(self.encode_raw(chunk, state))
-
-    def stream_decode(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Consecutive latent chunks of one video, any number of latent frames each."""
-        state: State = {}
-        for chunk in chunks:
-            yield self.decode_step(chunk, state)
-
-    def decode_step(self, latents: Tensor, state: State) -> Tensor:
-        """Decode the next latents of a stream whose state the caller holds; start with an empty dict."""
-        self._check_latents(latents)
-        return self.decode_raw(self._denormalise(latents), state).clamp(-1, 1)
 
     @torch.no_grad()
     def initialise_linear(self, video: Tensor) -> None:
@@ -250,39 +197,3 @@ class CausalVAE(nn.Module):
         cast(Tensor, self.linear_in.bias).copy_(-(basis / std) @ mean.double())
         self.linear_out.weight.copy_((basis * std).T[:, :, None, None])
         cast(Tensor, self.linear_out.bias).copy_(mean)
-
-    @torch.no_grad()
-    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Set the per-channel statistics ``(c,)`` that normalise raw latents."""
-        self.latent_mean.copy_(mean)
-        self.latent_std.copy_(std.clamp_min(1e-4))
-
-    def _normalise(self, raw: Tensor) -> Tensor:
-        return (raw - self.latent_mean.view(1, -1, 1, 1, 1)) / self.latent_std.view(1, -1, 1, 1, 1)
-
-    def _denormalise(self, latents: Tensor) -> Tensor:
-        return latents * self.latent_std.view(1, -1, 1, 1, 1) + self.latent_mean.view(1, -1, 1, 1, 1)
-
-    def _check_video(self, video: Tensor, first: bool) -> None:
-        ratio, edge = self.config.temporal_ratio, self.config.spatial_ratio
-        if video.ndim != 5 or video.shape[1] != 3:
-            raise WorldloomError("a video tensor is (b, 3, T, H, W)", got=tuple(video.shape))
-        frames, height, width = video.shape[2:]
-        if height % edge or width % edge or not height or not width:
-            raise WorldloomError(
-                f"height and width must be multiples of {edge}", got=(height, width), do="resize or crop the video"
-            )
-        if frames < 1 or (frames - first) % ratio:
-            raise WorldloomError(
-                f"the number of frames must be {'1 + ' if first else ''}{ratio}k",
-                got=frames,
-                do=f"take the first {max((frames - first) // ratio * ratio + first, first)} frames",
-            )
-        if not torch.isfinite(video).all():
-            raise WorldloomError("the video holds values that are not finite", do="check how it was decoded")
-
-    def _check_latents(self, latents: Tensor) -> None:
-        if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels or latents.shape[2] < 1:
-            raise WorldloomError(
-                f"latents are (b, {self.config.latent_channels}, t, h, w), t at least 1", got=tuple(latents.shape)
-            )

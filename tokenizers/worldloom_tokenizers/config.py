@@ -23,6 +23,9 @@ class CausalVAEConfig:
     """Frames in a latent frame, except the first, which holds one."""
     temporal_kernel: int = 3
     """Latent frames that a temporal convolution sees, the present one and those before it."""
+    levels: tuple[int, ...] = ()
+    """Levels of finite scalar quantisation of one codebook; empty for continuous latents. A latent vector holds as many
+    codes as latent_channels holds levels."""
 
     def __post_init__(self) -> None:
         if min(self.widths) < 1 or self.latent_channels < 1:
@@ -31,6 +34,10 @@ class CausalVAEConfig:
             raise WorldloomError(
                 "temporal_ratio must be at least 1 and temporal_kernel at least 2",
                 got=(self.temporal_ratio, self.temporal_kernel),
+            )
+        if self.levels and self.latent_channels % len(self.levels):
+            raise WorldloomError(
+                "latent_channels must be a multiple of the number of levels", got=(self.latent_channels, self.levels)
             )
         if min(sum(self.encoder_blocks), sum(self.decoder_blocks)) < 1:
             raise WorldloomError("encoder and decoder need at least one block each", got=self)
