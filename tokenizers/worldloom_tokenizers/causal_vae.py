@@ -164,10 +164,10 @@ class CausalVAE(VideoCodec):
     def _from_latents(self, latents: Tensor, state: State | None) -> Tensor:
         return latents
 
-    def _from_features(self, latents: Tensor, state: State | None) -> Tensor:
+    def _from_features(self, features: Tensor, state: State | None) -> Tensor:
         ratio, first = self.config.temporal_ratio, not state
-        b, _, t, _, _ = latents.shape
-        z = latents.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)  # (b*t, c, h, w)
+        b, _, t, _, _ = features.shape
+        z = features.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)  # (b*t, c, h, w)
         x = self.decode8(self.from_latent(z), t, state)
         x = self.decode4(F.pixel_shuffle(self.up4(x), 2), t, state)
         x = self.decode2(F.pixel_shuffle(self.up2(x), 2), t, state)
