@@ -152,10 +152,10 @@ class TokenizerJob:
     def export(self, folder: Path) -> str:
         """Write weights and config.toml; returns the weights' file name."""
         from worldloom.weights import WEIGHTS, write_weights
-        from worldloom_tokenizers.checkpoint import TokenizerCheckpoint
+        from worldloom_tokenizers.checkpoint import write_config
 
         write_weights(rounded(self.model, self.config), folder)
-        configs.save(TokenizerCheckpoint(model=self.model.config), folder / "config.toml")
+        write_config(self.model.config, folder / "config.toml")
         return WEIGHTS
 
     def describe(self) -> str:
