@@ -5,8 +5,8 @@ Layout of a store::
     records/<kind>-<16 hex>.json    one artifact; written last, so a record that exists is whole
     objects/ab/cdef...              bytes by sha256, for artifacts that were stored with ``copy=True``
 
-The file helpers (`atomic_write`, `atomic_dir`, `file_digest`, `tree_digest`) are what the rest of Worldloom commits
-with.
+The file helpers (`atomic_write`, `atomic_file`, `atomic_dir`, `file_digest`, `tree_digest`) are what the rest of
+Worldloom commits with.
 """
 
 from __future__ import annotations
@@ -99,6 +99,26 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    sync(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield a file name in a temporary sibling folder of its own; on success that file becomes `path`.
+
+    What else is in the folder is removed, and so is everything on an error.
+    """
+    path = Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = _temporary(path)
+    folder.mkdir()
+    try:
+        made = folder / path.name
+        yield made
+        sync(made)
+        made.replace(path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     sync(path.parent)
 
 

@@ -1,4 +1,5 @@
-"""``worldloom models``: the models and tokenizers this machine knows, and whether their files are what they claim."""
+"""``worldloom models``: what models and tokenizers this machine knows, whether their files are what they claim, and
+pickled checkpoints converted."""
 
 from __future__ import annotations
 
@@ -155,6 +156,24 @@ def show(name: str, as_json: bool, root: str | None) -> None:
 
         click.echo()
         Console(highlight=False).print(Markdown(card))
+
+
+@models.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The .safetensors file to write.")
+@click.option("--key", default="", help="The level that holds the tensors, e.g. state_dict.  [default: the only one]")
+def convert(source: Path, out: Path, key: str) -> None:
+    """Convert SOURCE, a pickled checkpoint (.pt, .pth, .ckpt, .bin) or TorchScript archive (.jit), to safetensors.
+
+    It is loaded in a process without network that runs none of its Python code.
+    """
+    from worldloom.convert import convert_checkpoint
+
+    done = convert_checkpoint(source, out, key=key)
+    if done.left_out:
+        shown = ", ".join(done.left_out[:10]) + (", ..." if len(done.left_out) > 10 else "")
+        click.echo(f"left out, {len(done.left_out)} beside the tensors: {shown}")
+    click.echo(f"{out}: {done.tensors} tensors" + ("" if done.made else ", converted before"))
 
 
 def _facts(name: str, store: Store) -> tuple[dict[str, Any], Path | None]:

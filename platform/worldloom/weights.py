@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from worldloom.artifacts import file_digest
+from worldloom.convert import PICKLED
 from worldloom.errors import WorldloomError
 
 if TYPE_CHECKING:
@@ -35,12 +37,12 @@ def read_weights(path: Path, sha256: str = "", name: str = WEIGHTS) -> dict[str,
 
     file = path / name
     if not file.is_file():
-        pickles = sorted(p.name for suffix in ("*.pt", "*.pth", "*.ckpt", "*.bin") for p in path.glob(suffix))
+        pickles = sorted(p for suffix in PICKLED for p in path.glob(f"*{suffix}"))
         if pickles:
             raise WorldloomError(
                 "pickled checkpoints are not read: loading one can run any code",
-                got=str(path / pickles[0]),
-                do="save the tensors as model.safetensors with safetensors.torch.save_file in a sandbox you trust",
+                got=str(pickles[0]),
+                do=f"worldloom models convert {shlex.quote(str(pickles[0]))} --out {shlex.quote(str(file))}",
             )
         raise WorldloomError("there is no checkpoint here", got=str(path), do=f"give a folder that holds {name}")
     if sha256 and file_digest(file) != sha256:
