@@ -63,11 +63,17 @@ def load_tokenizer(name_or_path: str | Path, device: str = "cpu") -> VideoCodec:
             configuration.
     """
     text = str(name_or_path)
-    if "/" not in text and not Path(text).is_dir():
+    if "/" not in text and not Path(text).exists():
         entry = registry.entry("tokenizers", text)
         folder = entry.folder
         assert folder is not None, f"catalog line of {text} has no path"
         return registry.load("tokenizers", text)(folder, device=device, sha256=str(entry.meta.get("sha256", "")))
+    if Path(text).is_file():
+        raise WorldloomError(
+            "a tokenizer is a folder, and this is a file",
+            got=text,
+            do="give the folder with model.safetensors and config.toml; worldloom models convert reads pickled weights",
+        )
     return load(Path(text), device=device)
 
 
