@@ -6,6 +6,7 @@ Letters: n samples, c latent channels, t latent frames, T video frames, h w late
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -292,7 +293,7 @@ class FrameBank:
         path, record = cache / f"{key}.u8", cache / f"{key}.json"
         if not (path.is_file() and record.is_file()):
             cache.mkdir(parents=True, exist_ok=True)
-            shapes, temporary = [], cache / f".{key}.part"
+            shapes, temporary = [], cache / f".{key}.{os.getpid()}.part"  # every rank of torchrun may come here
             with open(temporary, "wb") as file:
                 for i, sample in enumerate(dataset):
                     frames = media.read_frames(sample.video, size=size)
@@ -332,7 +333,7 @@ class ClipItems:
         stride: int = 0,
         crop: tuple[int, int] | None = None,
     ) -> None:
-        self._bank, self._length, self._seed, self._jitter, self._crop = bank, length, seed, jitter, crop
+        self._bank, self.length, self._seed, self._jitter, self._crop = bank, length, seed, jitter, crop
         sizes = {bank.shapes[clip][1:] for clip in indices}
         if crop is None and len(sizes) > 1:
             raise WorldloomError(
@@ -355,9 +356,9 @@ class ClipItems:
         clip, start = self.windows[index]
         frames = self._bank.frames(clip)
         if self._jitter:
-            shift = noise_seed(self._seed, 1, epoch, index) % self._length
-            start = min(start + shift, len(frames) - self._length)
-        window = frames[start : start + self._length]
+            shift = noise_seed(self._seed, 1, epoch, index) % self.length
+            start = min(start + shift, len(frames) - self.length)
+        window = frames[start : start + self.length]
         if self._crop is None:
             return np.asarray(window)
         room = [have - want for have, want in zip(window.shape[1:3], self._crop, strict=True)]

@@ -25,7 +25,7 @@ from worldloom_finetune.lora import trained
 
 
 class Job(Protocol):
-    """What a recipe provides; `worldloom_finetune.world` and `.tokenizer` are the two that ship."""
+    """What a recipe provides; `worldloom_finetune.world`, `.tokenizer` and `.preview` are those that ship."""
 
     config: FinetuneConfig
     model: nn.Module
@@ -38,8 +38,11 @@ class Job(Protocol):
     unused: bool
     """Whether some trained weights take no part in the loss, e.g. action layers on data without actions."""
 
-    def loss(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        """Loss of a batch and further metrics; all randomness comes from `generator` (on the CPU)."""
+    def loss(self, batch: Any, generator: torch.Generator, step: int | None) -> tuple[Tensor, dict[str, float]]:
+        """Loss of a batch and further metrics; all randomness comes from `generator` (on the CPU).
+
+        `step` is the optimizer step, from 0; None to validate.
+        """
         ...
 
     def sample(self) -> np.ndarray | None:
@@ -99,7 +102,7 @@ class FinetuneModule(lightning.LightningModule):
                 group["lr"] = self.lr
         seed = noise_seed(trainer.seed, step, self.global_rank, micro)
         torch.manual_seed(seed)  # dropout
-        loss, metrics = self.job.loss(self.cast(batch.content), torch.Generator().manual_seed(seed))
+        loss, metrics = self.job.loss(self.cast(batch.content), torch.Generator().manual_seed(seed), step)
         self.losses.append(loss.detach())
         for name, value in metrics.items():
             self.extra.setdefault(name, []).append(float(value))
@@ -232,7 +235,7 @@ class Recorder(lightning.Callback):
             total = 0.0
             for i, batch in enumerate(self.batches):
                 generator = torch.Generator().manual_seed(noise_seed(self._trainer.seed, 2**31, i))
-                total += float(self.module.job.loss(self.module.cast(batch), generator)[0])
+                total += float(self.module.job.loss(self.module.cast(batch), generator, None)[0])
         model.train(was)
         return total / len(self.batches)
 

@@ -1,6 +1,6 @@
-"""Training objectives: pure functions of a model, a batch and a generator.
+"""The objective of world models: a pure function of a model, a batch and a generator.
 
-Letters: b batch, t latent frames, c channels, h w latent size, T video frames.
+Letters: b batch, t latent frames, c channels, h w latent size.
 """
 
 from __future__ import annotations
@@ -112,32 +112,3 @@ def rectified_flow_loss(
     high = (level > 0.5) & (weight > 0)
     metrics = {"loss_high_noise": float(error.detach()[high].mean())} if bool(high.any()) else {}
     return loss, metrics
-
-
-@dataclass(frozen=True)
-class ReconstructionConfig:
-    """What a continuous tokenizer is trained for."""
-
-    l1: float = 1.0
-    """Weight of the mean absolute error."""
-    l2: float = 2.0
-    """Weight of the mean squared error, which PSNR measures."""
-    latent_noise: float = 0.05
-    """Standard deviation of noise added to raw latents: the decoder learns to forgive small errors of a generator."""
-    latent_penalty: float = 1e-4
-    """Weight of the mean square of raw latents: keeps their scale bounded."""
-
-
-def tokenizer_loss(
-    model: nn.Module, video: Tensor, config: ReconstructionConfig, generator: torch.Generator
-) -> tuple[Tensor, dict[str, float]]:
-    """Reconstruction of ``(b, 3, T, H, W)`` in [-1, 1] by a tokenizer with ``encode_raw`` and ``decode_raw``."""
-    raw = model.encode_raw(video)  # pyright: ignore[reportCallIssue]
-    noise = torch.randn(raw.shape, generator=generator).to(raw)
-    error = model.decode_raw(raw + config.latent_noise * noise) - video  # pyright: ignore[reportCallIssue]
-    mse = error.square().mean()
-    loss = config.l1 * error.abs().mean() + config.l2 * mse + config.latent_penalty * raw.square().mean()
-    if not torch.isfinite(loss):
-        raise WorldloomError("the training loss is not finite", got=loss.item(), do="lower optim.lr")
-    psnr = 10 * torch.log10(4 / mse.detach().clamp_min(1e-12))  # peak-to-peak is 2
-    return loss, {"psnr": float(psnr), "latent_rms": float(raw.detach().square().mean().sqrt())}

@@ -7,6 +7,7 @@ import logging
 import os
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
@@ -47,6 +48,9 @@ class AnyDeviceDeepSpeed(DeepSpeedStrategy):
     def _setup_model_and_optimizer(
         self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None
     ) -> tuple[Any, Any]:
+        for p in model.parameters():
+            # DeepSpeed looks at weights by their storage, where channels-last ones are out of order.
+            p.data = p.data.clone(memory_format=torch.contiguous_format)
         if self._on_cuda:
             return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
         import deepspeed

@@ -166,8 +166,9 @@ class WorldJob:
 
     # -- training -------------------------------------------------------------------------------------------------
 
-    def loss(self, batch: LatentBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, batch: LatentBatch, generator: torch.Generator, step: int | None) -> tuple[Tensor, dict[str, float]]:
         """Rectified-flow loss of a batch of latents."""
+        del step  # the same from the first to the last
         return rectified_flow_loss(self.model, batch, self.config.objective, generator, self._channel_weights())
 
     def _channel_weights(self) -> Tensor | None:

@@ -97,7 +97,7 @@ SMALL = (
 
 
 def trained_by(runs: Sequence[dict[str, Any]], scratch: Path) -> list[dict[str, Any]]:
-    """Train in forked processes of one script; each run is ``{out, data, set, world, kills, seed}``.
+    """Train in forked processes of one script; each run is ``{recipe, model, out, data, set, world, kills, seed}``.
 
     Returns:
         For each run ``{"killed": how often, "finished_early": ...}``.
@@ -115,10 +115,11 @@ def _child(run: dict[str, Any], rank: int, port: int) -> None:
     if run["world"] > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(run["world"])}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    overrides = (*SMALL, "objective.pixel_weighting=0", *run["set"], f"trainer.devices={run['world']}")
-    config = train.load_config("world", None, overrides)
+    recipe = run.get("recipe", "world")
+    own = ("objective.pixel_weighting=0",) if recipe == "world" else ()
+    config = train.load_config(recipe, None, (*SMALL, *own, *run["set"], f"trainer.devices={run['world']}"))
     request = train.Request(
-        "world", run["data"], run.get("model", "predict/tiny"), run["out"], command="a test", quiet=True
+        recipe, run["data"], run.get("model", "predict/tiny"), run["out"], command="a test", quiet=True
     )
     train.fit(request, config)
 
@@ -184,7 +185,7 @@ def main(path: str) -> None:
     runs = json.loads(Path(path).read_text())
     needed = [
         "lightning.pytorch",
-        *(f"worldloom_finetune.{name}" for name in ("export", "module", "strategy", "world")),
+        *(f"worldloom_finetune.{name}" for name in ("export", "module", "strategy", "tokenizer", "world")),
     ]
     needed += ["worldloom_model_zoo.predict.pipeline", "worldloom_tokenizers.checkpoint"]
     if any("deepspeed" in setting for run in runs for setting in run["set"]):

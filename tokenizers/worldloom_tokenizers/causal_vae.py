@@ -5,7 +5,7 @@ later group holds 4 frames. A group's frames are folded into channels, so all la
 2-D convolutions inside a latent frame, causal mixing along time. Normalisation is per position, which makes the
 output of a latent frame independent of later ones, and lets a stream be cut anywhere between groups.
 
-Both directions are a linear map of 4x8x8 patches plus a convolutional network that starts at zero. `initialise_linear`
+Both directions are a linear map of 4x8x8 patches plus a convolutional network that starts at zero. `initialise`
 sets the linear maps to the principal components of real patches, so training begins at their quality, not at noise.
 
 Letters: b batch, t latent frames, T video frames, r temporal ratio, c channels, h w size at the layer, H W pixels.
@@ -178,7 +178,7 @@ class CausalVAE(VideoCodec):
         return video[:, :, ratio - 1 :] if first else video
 
     @torch.no_grad()
-    def initialise_linear(self, video: Tensor) -> None:
+    def initialise(self, video: Tensor) -> None:
         """Set the linear maps to the whitened principal components of the patches of ``(b, 3, 1 + r k, H, W)``."""
         ratio = self.config.temporal_ratio
         video = torch.cat([video[:, :, :1].expand(-1, -1, ratio - 1, -1, -1), video], dim=2)

@@ -118,6 +118,14 @@ class VideoCodec(nn.Module):
         """``(b, c, t, h, w)`` before normalisation -> ``(b, 3, T, H, W)``, not clamped."""
         return self._from_features(self._from_latents(latents, state), state)
 
+    def encode_for_training(self, video: Tensor, generator: torch.Generator) -> Tensor:
+        """`encode_raw` as a training step calls it; a subclass may hide parts of the video, drawn from `generator`."""
+        del generator
+        return self.encode_raw(video)
+
+    def initialise(self, video: Tensor) -> None:
+        """Set initial weights that follow from some real video ``(b, 3, 1 + r k, H, W)``; a subclass may have such."""
+
     # -- VideoTokenizer ----------------------------------------------------------------------------------------------
 
     def encode(
