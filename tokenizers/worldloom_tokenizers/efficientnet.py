@@ -121,7 +121,7 @@ class EfficientNetLite0(nn.Module):
             convert_checkpoint(_wheel_file(), folder / name)
         model = cls()
         assign_weights(model, _folded(read_weights(folder, name=name)), folder / name)
-        return model.requires_grad_(False).to(device)
+        return model.requires_grad_(False).to(device).to(memory_format=torch.channels_last)  # faster on a CPU too
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Maps at 1/2, 1/4, 1/8, 1/16 and 1/32 of the size (rounded up): the last before each further halving.
