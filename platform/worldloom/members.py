@@ -29,6 +29,7 @@ Kind = Literal["clips", "latents"]
 
 ARRAYS: Mapping[str, tuple[str, tuple[str, ...], int]] = {
     "latents": ("latents.npy", ("float16",), 4),
+    "codes": ("codes.npy", ("int32",), 4),
     "actions": ("actions.npy", ("float32",), 2),
     "rewards": ("rewards.npy", ("float32",), 1),
     "depth": ("depth.npz", ("uint8", "uint16"), 3),
@@ -60,6 +61,7 @@ def pack(sample: ShardSample, kind: Kind = "clips") -> dict[str, bytes]:
         raise WorldloomError("a clip id may hold letters, digits, _ and - only", got=clip.id)
     if (sample.video is None) == (kind == "clips") or ("latents" in sample.arrays) == (kind == "clips"):
         raise WorldloomError("a clip has a video and no latents, a latents sample the reverse", got=clip.id)
+    _check_codes(clip, sample.arrays)
     try:
         text = json.dumps(dataclasses.asdict(clip), sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -119,6 +121,7 @@ def unpack(where: str | Path, key: str, members: Mapping[str, bytes], kind: Kind
             except (ValueError, KeyError, OSError, zipfile.BadZipFile, EOFError, SyntaxError) as error:
                 raise bad_member(where, f"{key}.{extension}", str(error)) from error
             _check_array(clip, name, arrays[name])
+    _check_codes(clip, arrays)
     return ShardSample(clip, members["mp4"] if kind == "clips" else None, arrays)
 
 
@@ -240,6 +243,13 @@ def _check_array(clip: Clip, name: str, array: np.ndarray) -> None:
         )
     if name == "actions" and array.shape[1] != clip.action_dim:
         raise WorldloomError("actions do not have clip.action_dim columns", got=f"{clip.id}: {array.shape}")
+
+
+def _check_codes(clip: Clip, arrays: Mapping[str, np.ndarray]) -> None:
+    """Codes are those of the latents beside them: one for each of their vectors and codebooks."""
+    if "codes" in arrays and ("latents" not in arrays or arrays["codes"].shape[1:] != arrays["latents"].shape[1:]):
+        shapes = {name: arrays[name].shape for name in ("codes", "latents") if name in arrays}
+        raise WorldloomError("codes (codebooks, t, h, w) go with latents of that t, h, w", got=f"{clip.id}: {shapes}")
 
 
 def _dump_npy(array: np.ndarray) -> bytes:

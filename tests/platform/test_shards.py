@@ -212,6 +212,21 @@ def test_latents(tmp_path: Path) -> None:
     got.arrays["latents"][:] = 0  # a copy of its own, writable
 
 
+def test_codes_go_with_the_latents_they_are_of(tmp_path: Path) -> None:
+    latents = np.zeros((4, 2, 3, 3), np.float16)
+    codes = np.arange(2 * 2 * 3 * 3, dtype=np.int32).reshape(2, 2, 3, 3)
+    written = ShardSample(clip("c"), None, {"latents": latents, "codes": codes})
+    with ShardWriter(tmp_path, kind="latents") as writer:
+        writer.write(written)
+    commit_dataset(tmp_path, writer.shards, kind="latents", store=Store(tmp_path / "store"))
+    assert_same(open_dataset(tmp_path).load(0), written)
+    for wrong in (codes[:, :1], codes.astype(np.int64), codes[0]):
+        with pytest.raises(WorldloomError, match="codes"):
+            pack(ShardSample(clip("c"), None, {"latents": latents, "codes": wrong}), "latents")
+    with pytest.raises(WorldloomError, match="go with latents"):
+        pack(ShardSample(clip("c"), b"video", {"codes": codes}), "clips")
+
+
 def test_webdataset_reads_our_shards(tmp_path: Path) -> None:
     """In a process of its own, since WDS_SECURE is read when the library is imported."""
     pytest.importorskip("webdataset")
