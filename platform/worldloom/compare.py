@@ -111,7 +111,7 @@ def flicker(made: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return np.abs(np.diff(error, axis=1)).mean(axis=(2, 3, 4), dtype=np.float64)
 
 
-def error_map(made: np.ndarray, truth: np.ndarray, gain: int = 8) -> np.ndarray:
+def error_map(made: np.ndarray, truth: np.ndarray, gain: int = 4) -> np.ndarray:
     """Where two videos differ: their mean absolute difference over channels times ``gain``, grey, black for none.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def test_every_window_is_there_with_its_frames_and_its_actions(
         progress=lambda done, total: seen.append((done, total)),
     )  # fmt: skip
     assert (summary.windows, summary.clips, summary.short) == (3 + 1 + 1, 3, 1)
+    assert summary.left_out == (23 - 19) + 0 + 8 + (13 - 9)
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
     latents = open_dataset(tmp_path / "out")
     assert latents.index.kind == "latents"
@@ -70,6 +72,38 @@ def test_every_window_is_there_with_its_frames_and_its_actions(
             assert sample.arrays["latents"].shape == (4, 3, 4, 4)
             np.testing.assert_allclose(sample.arrays["latents"], alone, atol=0.01)
     assert next(samples, None) is None
+
+
+@pytest.mark.parametrize(("stride", "left_out"), [(None, 5 + 0 + 8 + 4), (9, 17), (12, 5 + 0 + 8 + 4), (1, 8)])
+def test_frames_in_no_window_are_counted(
+    clips: Dataset, tokenizer: CausalVAE, tmp_path: Path, stride: int | None, left_out: int
+) -> None:
+    summary = encode_dataset(clips.root, tokenizer, tmp_path, frames=9, stride=stride, size=SIZE)
+    seen = 0
+    for length in (23, 9, 8, 13):
+        starts = range(0, length - 8, stride or 9)
+        seen += len({start + i for start in starts for i in range(9)})
+    assert summary.left_out == left_out == 23 + 9 + 8 + 13 - seen
+
+
+def test_a_discrete_tokenizers_codes_are_beside_its_latents(clips: Dataset, tmp_path: Path) -> None:
+    discrete = tiny_models.tokenizer(3, dataclasses.replace(tiny_models.VAE, levels=(5, 3)))
+    encode_dataset(clips.root, discrete, tmp_path, frames=9, size=SIZE)
+    for sample in open_dataset(tmp_path):
+        codes, latents = sample.arrays["codes"], sample.arrays["latents"]
+        assert codes.dtype == np.int32
+        assert codes.shape == (2, 3, 4, 4)
+        again = discrete.from_indices(torch.from_numpy(codes)[None].long())[0]
+        np.testing.assert_allclose(latents, again.numpy(), atol=2e-3)
+        assert len(np.unique(codes)) > 3
+
+
+def test_counts_of_an_older_version_are_counted_again(clips: Dataset, tokenizer: CausalVAE, tmp_path: Path) -> None:
+    first = encode_dataset(clips.root, tokenizer, tmp_path, frames=9, size=SIZE)
+    index = json.loads((tmp_path / "dataset.json").read_text())
+    del index["metadata"]["counts"]["left_out"]
+    (tmp_path / "dataset.json").write_text(json.dumps(index))
+    assert encode_dataset(clips.root, tokenizer, tmp_path, frames=9, size=SIZE) == first
 
 
 def stamps(root: Path) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,7 @@ from click.testing import CliRunner, Result
 from worldloom import media
 from worldloom.cli import main
 from worldloom.shards import Dataset, open_dataset
-from worldloom_tokenizers import load_tokenizer
-from worldloom_tokenizers.evaluate import TokenizerEvalConfig, evaluate
+from worldloom_tokenizers import encode_dataset, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("worldloom_home")
 
@@ -40,7 +40,9 @@ def test_a_dataset_goes_to_latents_and_back(folder: Path, clips: Dataset, tmp_pa
     done = run(*words)
     assert done.exit_code == 0, done.output
     assert "3 windows of 2 clips" in done.output
-    assert json.loads((out / "summary.json").read_text())["windows"] == 3
+    assert "9 frames are left out: they lie in no window of 9" in done.output
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["windows"], summary["left_out"]) == (3, 23 + 13 - 3 * 9)
     assert run(*words).stdout == done.stdout
     done = run("decode", out, "--out", tmp_path / "videos")
     assert done.exit_code == 0, done.output
@@ -81,68 +83,65 @@ def test_latents_of_another_tokenizer_are_refused(folder: Path, clips: Dataset, 
 @pytest.mark.parametrize(
     ("words", "what"),
     [
-        (("encode", "{clips}", "--out", "{out}", "--tokenizer", "{folder}", "--frames", "10"), "1 + 4k"),
-        (("encode", "{clips}", "--out", "{out}", "--tokenizer", "loom-cv-nan"), "loom-cv-nano"),
-        (("encode", "{clips}", "--out", "{out}", "--tokenizer", "{folder}", "--size", "huge"), "not a size"),
-        (("encode", "{text}", "--out", "{out}", "--tokenizer", "{folder}"), "not a video"),
-        (("decode", "{text}", "--out", "{out}", "--tokenizer", "{folder}"), "not a file of latents"),
-        (("decode", "{text}", "--out", "{out}"), "nothing says which tokenizer"),
-        (("decode", "{clips}", "--out", "{out}", "--tokenizer", "{folder}"), "holds clips"),
-        (("eval", "{clips}", "--out", "{out}", "--tokenizer", "{folder}", "--frames", "29"), "no clip has the 29"),
-        (("eval", "{clips}", "--out", "{out}", "--tokenizer", "{folder}", "--size", "8"), "at least 11 pixels"),
-        (("eval", "{clips}", "--out", "{out}", "--tokenizer", "{folder}", "--device", "cuda:9"), "no such device"),
+        # a length, a size or a device that does not fit
+        ("encode {clips} --out {out} --tokenizer {folder} --frames 10", "1 + 4k"),
+        ("encode {clips} --out {out} --tokenizer {folder} --frames 9 --size 30", "multiples of 8"),
+        ("encode {clips} --out {out} --tokenizer {folder} --frames 29", "no clip is long enough"),
+        ("encode {clips} --out {out} --tokenizer {folder} --size huge", "not a size"),
+        ("encode {clips} --out {out} --tokenizer {folder} --device cuda:9", "no such device"),
+        ("encode {clips} --out {out} --tokenizer {folder} --pad", "for a video file"),
+        ("encode {film} --out {out} --tokenizer {folder} --size 30", "multiples of 8"),
+        ("decode {latents} --out {out} --device cuda:9", "no such device"),
+        ("eval {clips} --out {out} --tokenizer {folder} --frames 10", "1 + 4k"),
+        ("eval {clips} --out {out} --tokenizer {folder} --frames 9 --size 30", "multiples of 8"),
+        ("eval {clips} --out {out} --tokenizer {folder} --frames 29", "no clip has the 29"),
+        ("eval {clips} --out {out} --tokenizer {folder} --size 8", "at least 11 pixels"),
+        ("eval {clips} --out {out} --tokenizer {folder} --device cuda:9", "no such device"),
+        # a tokenizer that is none
+        ("encode {clips} --out {out} --tokenizer loom-cv-nan", "did you mean loom-cv-nano"),
+        ("encode {clips} --out {out} --tokenizer {pt}", "models convert"),
+        ("encode {clips} --out {out} --tokenizer {cut}", "cannot be read"),
+        ("encode {clips} --out {out} --tokenizer {world}", "not of a tokenizer kind"),
+        ("encode {clips} --out {out} --tokenizer {clips}", "no checkpoint here"),
+        ("eval {clips} --out {out} --tokenizer {folder} --tokenizer {folder}", "not with itself"),
+        # data that is none
+        ("encode {text} --out {out} --tokenizer {folder}", "not a video"),
+        ("encode {empty} --out {out} --tokenizer {folder}", "not a finished dataset"),
+        ("eval {empty} --out {out} --tokenizer {folder}", "not a finished dataset"),
+        ("decode {empty} --out {out} --tokenizer {folder}", "not a finished dataset"),
+        ("encode {latents} --out {out} --tokenizer {folder}", "latents already"),
+        ("eval {latents} --out {out} --tokenizer {folder}", "compares pixels"),
+        ("decode {clips} --out {out} --tokenizer {folder}", "holds clips"),
+        ("decode {text} --out {out} --tokenizer {folder}", "not a file of latents"),
+        ("decode {array} --out {out}", "nothing says which tokenizer"),
+        ("decode {array} --out {out} --tokenizer {folder}", "not finite"),
     ],
 )
-def test_mistakes_end_with_what_to_do(
-    folder: Path, clips: Dataset, tmp_path: Path, words: tuple[str, ...], what: str
-) -> None:
-    (tmp_path / "text.mp4").write_text("no video at all")
-    names = {"clips": clips.root, "out": tmp_path / "out", "folder": folder, "text": tmp_path / "text.mp4"}
-    done = run(*(word.format(**names) for word in words))
-    assert done.exit_code == 2
+def test_mistakes_end_with_what_to_do(mistakes: dict[str, Path], tmp_path: Path, words: str, what: str) -> None:
+    names = mistakes | {"out": tmp_path / "out"}
+    done = run(*(word.format(**names) for word in words.split()))
+    assert done.exit_code == 2, done.output
     assert what in done.stderr
-    assert not (tmp_path / "out" / "summary.json").exists()
+    assert not list((tmp_path / "out").rglob("*.json")) + list((tmp_path / "out").rglob("*.mp4"))
 
 
-def test_evaluation_measures_what_a_plain_computation_does(folder: Path, clips: Dataset) -> None:
-    tokenizer = load_tokenizer(folder)
-    config = TokenizerEvalConfig(frames=9, size=None, clips=0, batch_size=2, videos=2)
-    result = evaluate(tokenizer, clips, config)
-    errors = []
-    for sample in clips:
-        assert sample.video is not None
-        pixels = media.read_frames(sample.video)
-        for start in range(0, len(pixels) - 8, 9):
-            truth = pixels[start : start + 9]
-            with torch.no_grad():
-                made = media.to_frames(tokenizer.decode(tokenizer.encode(media.to_tensor(truth))))[0]
-            errors.append(((made.astype(float) - truth) ** 2).mean(axis=(1, 2, 3)))
-    table = 10 * np.log10(255**2 / np.stack(errors))
-    assert result.windows == len(errors) == 3
-    assert result.psnr_per_frame == pytest.approx(table.mean(), abs=1e-3)
-    assert result.psnr_worst == pytest.approx(table.min(), abs=1e-3)
-    assert result.psnr_first == pytest.approx(table[:, 0].mean(), abs=1e-3)
-    assert result.curve == pytest.approx(table.mean(axis=0), abs=1e-3)
-    assert result.psnr == pytest.approx(10 * np.log10(255**2 / np.mean(errors)), abs=1e-3)
-    assert 0 < result.ssim < 1
-    assert result.compression == pytest.approx(9 * 32 * 32 * 3 / (2 * 4 * 3 * 4 * 4))
-    assert result.encode_fps > 1
-    assert result.decode_fps > 1
-
-
-def test_the_evaluation_command_writes_figures_and_a_report_once(folder: Path, clips: Dataset, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    words = ("eval", clips.root, "--tokenizer", folder, "--frames", 9, "--size", 32, "--out", out)
-    done = run(*words)
-    assert done.exit_code == 0, done.output
-    assert "PSNR, mean of frames" in done.output
-    summary = json.loads((out / "summary.json").read_text())
-    assert summary["windows"] == 3
-    page = (out / "report.html").read_text()
-    assert page.count("<video") == 3
-    stamp = (out / "report.html").stat().st_mtime_ns
-    assert run(*words).stdout == done.stdout
-    assert (out / "report.html").stat().st_mtime_ns == stamp
+@pytest.fixture(scope="module")
+def mistakes(folder: Path, clips: Dataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What `test_mistakes_end_with_what_to_do` gives to the commands, by name."""
+    root = tmp_path_factory.mktemp("mistakes")
+    encode_dataset(clips.root, load_tokenizer(folder), root / "latents", name=str(folder), frames=9, size=(32, 32))
+    media.write_video(root / "film.mp4", tiny_models.moving_square(9, 1), 10.0)
+    (root / "text.mp4").write_text("no video at all")
+    (root / "empty").mkdir()
+    (root / "model.pt").write_bytes(b"\x80\x02")
+    shutil.copytree(folder, root / "cut")
+    weights = root / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    np.save(root / "array.npy", np.full((4, 2, 4, 4), np.nan, np.float32))
+    world = tiny_models.world_folder(root / "world", folder)
+    paths = {"text": "text.mp4", "empty": "empty", "pt": "model.pt", "cut": "cut", "array": "array.npy"}
+    paths |= {"latents": "latents", "film": "film.mp4"}
+    return {name: root / path for name, path in paths.items()} | {"folder": folder, "clips": clips.root, "world": world}
 
 
 def test_training_goes_through_the_recipe(clips: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,14 @@
-"""The commands ``worldloom tokenize encode|decode|eval|train``."""
+"""The commands ``worldloom tokenize list|encode|decode|eval|train``."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import click
+
+from worldloom.errors import WorldloomError
 
 _tokenizer = click.option(
     "--tokenizer", "name", default="loom-cv-nano", show_default=True, help="Catalog name or checkpoint folder."
@@ -36,6 +39,34 @@ def tokenize() -> None:
     """Encode, decode, evaluate and train video tokenizers."""
 
 
+def _load(name: str, device: str) -> Any:
+    """A tokenizer on a device that is there."""
+    from worldloom.loading import check_device
+    from worldloom_tokenizers.checkpoint import load_tokenizer
+
+    check_device(device)
+    return load_tokenizer(name, device=device)
+
+
+@tokenize.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_(as_json: bool) -> None:
+    """The tokenizers that are installed: kind, ratio, channels or codebook, size, and whether their files are whole."""
+    import dataclasses
+    import json
+
+    from worldloom_tokenizers.listing import listed, print_table
+
+    problems: list[str] = []
+    found = listed(problems)
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(tokenizer) for tokenizer in found], indent=1))
+    else:
+        print_table(found)
+    for problem in problems:
+        click.echo(f"warning: {problem}", err=True)
+
+
 @tokenize.command()
 @click.argument("data", type=click.Path(exists=True))
 @click.option("--out", required=True, type=_folder, help="Folder of the latents.")
@@ -44,6 +75,7 @@ def tokenize() -> None:
 @click.option("--stride", type=int, help="Distance of windows.  [default: the window, no overlap]")
 @click.option("--size", type=Size(), default="64", show_default=True, help="Clips are cropped and resized to this.")
 @click.option("--batch-size", default=4, show_default=True, help="Windows at a time.")
+@click.option("--pad", is_flag=True, help="Of a video file, encode the last frames too where they do not fill a group.")
 @_device
 def encode(
     data: str,
@@ -53,36 +85,53 @@ def encode(
     stride: int | None,
     size: tuple[int, int],
     batch_size: int,
+    pad: bool,
     device: str,
 ) -> None:
     """Encode DATA: a dataset of clips to a dataset of latents, or a video file to one .npy file.
 
-    A finished encoding is found again; other parameters encode anew.
+    A discrete tokenizer's codes are written beside its latents. A finished encoding is found again; other parameters
+    encode anew. --frames, --stride and --batch-size are those of a dataset: a file is encoded whole.
     """
     import json
 
     from worldloom.artifacts import atomic_write
-    from worldloom.loading import check_device
     from worldloom.progress import progress
-    from worldloom_tokenizers.checkpoint import load_tokenizer
     from worldloom_tokenizers.encode import encode_dataset
     from worldloom_tokenizers.files import encode_file
 
-    check_device(device)
-    tokenizer = load_tokenizer(name, device=device)
+    if pad and not Path(data).is_file():
+        raise WorldloomError(
+            "--pad is for a video file: the windows of a dataset are whole",
+            got=data,
+            do="leave it out; a smaller --frames or --stride leaves out less",
+        )
+    tokenizer = _load(name, device)
     if Path(data).is_file():
-        written, shape = encode_file(data, tokenizer, out, name=name, size=size)
-        click.echo(f"latents {'x'.join(map(str, shape))} (channels, frames, height, width): {written}")
+        done = encode_file(data, tokenizer, out, name=name, size=size, pad=pad)
+        shape = "x".join(map(str, done.shape))
+        click.echo(f"latents {shape} (channels, frames, height, width) of {done.frames} frames: {done.path}")
+        if done.left_out:
+            click.echo(f"the last {_frames(done.left_out)} left out: they fill no group (--pad encodes them)")
+        if done.padded:
+            click.echo(f"the last frame was repeated {done.padded} times to fill its group; decode cuts that off")
         return
     with progress("encoding") as shown:
         summary = encode_dataset(
             data, tokenizer, out, name=name, frames=frames, stride=stride, size=size, batch_size=batch_size,
             progress=shown,
         )  # fmt: skip
-    counts = {"windows": summary.windows, "clips": summary.clips, "short": summary.short}
+    counts = {"windows": summary.windows, "clips": summary.clips, "short": summary.short, "left_out": summary.left_out}
     atomic_write(Path(out) / "summary.json", json.dumps({**counts, "tokenizer": name}, indent=1) + "\n")
     short = f", {summary.short} clips too short" if summary.short else ""
     click.echo(f"{summary.windows} windows of {summary.clips} clips{short}: {out}")
+    if summary.left_out:
+        click.echo(f"{_frames(summary.left_out)} left out: they lie in no window of {frames}")
+
+
+def _frames(count: int) -> str:
+    """``1 frame is``, ``3 frames are``."""
+    return "frame is" if count == 1 else f"{count} frames are"
 
 
 @tokenize.command()
@@ -93,7 +142,7 @@ def encode(
 @click.option("--fps", type=float, help="Frames per second.  [default: as recorded, else 10]")
 @_device
 def decode(latents: str, out: str, name: str | None, clips: int, fps: float | None, device: str) -> None:
-    """Decode LATENTS, a dataset of latents or a .npy file, to videos."""
+    """Decode LATENTS, a dataset of latents or a .npy file of latents or codes, to videos."""
     from worldloom.loading import check_device
     from worldloom.progress import progress
     from worldloom_tokenizers.files import decode_dataset, decode_file
@@ -110,30 +159,45 @@ def decode(latents: str, out: str, name: str | None, clips: int, fps: float | No
 @tokenize.command("eval")
 @click.argument("data", type=click.Path(exists=True, file_okay=False))
 @click.option("--out", default="out/tokenize-eval", show_default=True, type=_folder, help="Folder.")
-@_tokenizer
+@click.option(
+    "--tokenizer", "names", multiple=True, default=("loom-cv-nano",), show_default=True,
+    help="Catalog name or checkpoint folder; give it several times to compare.",
+)  # fmt: skip
 @click.option("--frames", default=17, show_default=True, help="Frames of a window, 1 + 4k.")
 @click.option("--size", type=Size(), default="64", show_default=True, help="Clips are cropped and resized to this.")
 @click.option("--clips", default=128, show_default=True, help="Test windows, spread over the dataset; 0 for all.")
 @click.option("--batch-size", default=4, show_default=True, help="Windows at a time.")
 @_device
 def evaluate(
-    data: str, out: str, name: str, frames: int, size: tuple[int, int], clips: int, batch_size: int, device: str
+    data: str,
+    out: str,
+    names: tuple[str, ...],
+    frames: int,
+    size: tuple[int, int],
+    clips: int,
+    batch_size: int,
+    device: str,
 ) -> None:
-    """Reconstruct the clips of DATA and measure: PSNR, SSIM, speed; a report with originals beside reconstructions."""
+    """Reconstruct the clips of DATA and measure quality, size, speed and memory.
+
+    A report shows originals beside reconstructions. With several tokenizers there is a column for each, and the report
+    shows the same clips through all of them.
+    """
     from rich.console import Console
     from rich.table import Table
 
-    from worldloom.loading import check_device
-    from worldloom_tokenizers.checkpoint import load_tokenizer
-    from worldloom_tokenizers.evaluate import TokenizerEvalConfig, figures, run
+    from worldloom_tokenizers.evaluate import TokenizerEvalConfig, run
+    from worldloom_tokenizers.evaluate_report import figures, labels
 
-    check_device(device)
+    if len(set(names)) < len(names):
+        raise WorldloomError("a tokenizer is compared with others, not with itself", got=", ".join(names))
     config = TokenizerEvalConfig(frames, size, clips, batch_size)
-    result = run(load_tokenizer(name, device=device), name, data, config, out)
-    table = Table(box=None, pad_edge=False, show_header=False)
+    results = run({name: _load(name, device) for name in names}, data, config, out)
+    table = Table(box=None, pad_edge=False, show_header=len(results) > 1, header_style="dim")
     table.add_column()
-    table.add_column(justify="right")
-    for row in figures(result):
+    for label in labels(results):
+        table.add_column(label, justify="right", overflow="fold")
+    for row in figures(results):
         table.add_row(*row)
     Console(highlight=False, markup=False).print(table)
     click.echo(f"report {Path(out) / 'report.html'}  (figures in {Path(out) / 'metrics.json'})")

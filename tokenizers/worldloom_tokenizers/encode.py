@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +28,26 @@ class EncodeSummary:
     """Clips that gave at least one."""
     short: int
     """Clips with fewer frames than a window, left out."""
+    left_out: int
+    """Frames of all clips that are in no window."""
 
 
 def windows(frames: int, length: int, stride: int) -> Iterator[int]:
     """First frames of the windows of ``length`` that fit into ``frames``."""
     yield from range(0, frames - length + 1, stride)
+
+
+def _covered(starts: list[int], length: int) -> int:
+    """Frames in at least one window; ``starts`` ascend by one stride."""
+    if not starts:
+        return 0
+    stride = starts[1] - starts[0] if len(starts) > 1 else length
+    return length + (len(starts) - 1) * min(stride, length)
+
+
+def indices(tokenizer: Any, latents: torch.Tensor) -> np.ndarray:
+    """Latents ``(b, c, t, h, w)`` of a discrete tokenizer -> int32 codes ``(b, codebooks, t, h, w)``."""
+    return tokenizer.to_indices(latents).to("cpu", torch.int32).numpy()
 
 
 def window_of(clip: Clip, start: int, length: int, size: tuple[int, int]) -> Clip:
@@ -64,6 +80,7 @@ def encode_dataset(
 ) -> EncodeSummary:
     """Encode every window of every clip; a dataset of kind ``latents`` is committed in ``out``.
 
+    A discrete tokenizer's samples hold its codes too, ``codes``, int32 ``(codebooks, t, h, w)``.
     Done already (same clips, tokenizer, windows and size): nothing is computed again.
 
     Args:
@@ -99,19 +116,25 @@ def encode_dataset(
         return done
 
     device = next(iter(getattr(tokenizer, "parameters", lambda: iter(()))()), torch.zeros(())).device
-    counts = {"windows": 0, "clips": 0, "short": 0}
+    discrete = int(getattr(tokenizer, "codebook_size", 0)) > 0
+    counts = {"windows": 0, "clips": 0, "short": 0, "left_out": 0}
     with shards.ShardWriter(out, kind="latents") as writer:
         for done_clips, sample in enumerate(stream(root), start=1):
             assert sample.video is not None
             pixels = media.read_frames(sample.video, size=size)
             starts = list(windows(len(pixels), frames, stride))
             counts["clips" if starts else "short"] += 1
+            counts["left_out"] += len(pixels) - _covered(starts, frames)
             for chunk in range(0, len(starts), batch_size):
                 batch = starts[chunk : chunk + batch_size]
                 video = media.to_tensor(np.stack([pixels[s : s + frames] for s in batch])).to(device)
-                latents = tokenizer.encode(video).to("cpu", torch.float16).numpy()
-                for start, one in zip(batch, latents, strict=True):
-                    arrays = {"latents": one}
+                encoded = tokenizer.encode(video)
+                latents = encoded.to("cpu", torch.float16).numpy()
+                codes = indices(tokenizer, encoded) if discrete else None
+                for row, start in enumerate(batch):
+                    arrays = {"latents": latents[row]}
+                    if codes is not None:
+                        arrays["codes"] = codes[row]
                     for key in ("actions", "rewards"):
                         if key in sample.arrays:
                             arrays[key] = sample.arrays[key][start : start + frames - 1]
@@ -156,7 +179,7 @@ def _done(out: Path, source: str, config: dict) -> EncodeSummary | None:
         try:
             if not shards.open_dataset(out).verify():
                 return EncodeSummary(**metadata["counts"])
-        except WorldloomError:
-            pass  # a shard is gone: encode again
+        except (WorldloomError, TypeError):
+            pass  # a shard is gone, or an older version counted otherwise: encode again
     (out / "dataset.json").unlink()  # it names shards that are about to be replaced
     return None
