@@ -24,7 +24,7 @@ EXPORTS = {
         "WorldloomError",
         "__version__",
     ],
-    "worldloom_tokenizers": ["CausalVAE", "CausalVAEConfig", "encode_dataset", "load_tokenizer"],
+    "worldloom_tokenizers": ["CausalVAE", "CausalVAEConfig", "encode_dataset", "load_semantic", "load_tokenizer"],
     "worldloom_curation": ["CurateConfig", "Observer", "Source", "Span", "Stage", "Verdict"],
     "worldloom_model_zoo": ["KVCache", "PredictConfig", "PredictPipeline", "PredictTransformer", "load_model"],
     "worldloom_finetune": [],

@@ -56,6 +56,30 @@ class VideoTokenizer(Protocol):
 
 
 @runtime_checkable
+class SemanticTokenizer(Protocol):
+    """Video to features that say what is in it: a frozen encoder, with no way back to pixels."""
+
+    @property
+    def temporal_ratio(self) -> int: ...
+    @property
+    def spatial_ratio(self) -> int: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) that changes whenever the features would."""
+        ...
+
+    def encode(self, video: Tensor) -> Tensor:
+        """``(b, 3, T, H, W)`` in [-1, 1] -> ``(b, d, t, h, w)``, T = temporal_ratio * t, H = spatial_ratio * h."""
+        ...
+
+    def embed(self, video: Tensor) -> Tensor:
+        """``(b, 3, T, H, W)`` -> ``(b, d)``: the mean of what `encode` gives."""
+        ...
+
+
+@runtime_checkable
 class Generates(Protocol):
     """Makes a video from text, an image, a video or actions."""
 

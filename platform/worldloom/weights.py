@@ -37,13 +37,8 @@ def read_weights(path: Path, sha256: str = "", name: str = WEIGHTS) -> dict[str,
 
     file = path / name
     if not file.is_file():
-        pickles = sorted(p for suffix in PICKLED for p in path.glob(f"*{suffix}"))
-        if pickles:
-            raise WorldloomError(
-                "pickled checkpoints are not read: loading one can run any code",
-                got=str(pickles[0]),
-                do=f"worldloom models convert {shlex.quote(str(pickles[0]))} --out {shlex.quote(str(file))}",
-            )
+        if pickles := find_pickles(path):
+            raise pickle_refused(pickles[0], file)
         raise WorldloomError("there is no checkpoint here", got=str(path), do=f"give a folder that holds {name}")
     if sha256 and file_digest(file) != sha256:
         raise WorldloomError(
@@ -53,6 +48,20 @@ def read_weights(path: Path, sha256: str = "", name: str = WEIGHTS) -> dict[str,
         return load_file(file)
     except (SafetensorError, OSError) as error:
         raise WorldloomError(f"the weights cannot be read: {error}", got=str(file), do="copy the file again") from error
+
+
+def find_pickles(folder: Path) -> list[Path]:
+    """The files of a folder that have a pickled checkpoint's name, sorted."""
+    return sorted(file for suffix in PICKLED for file in folder.glob(f"*{suffix}"))
+
+
+def pickle_refused(pickle: Path, out: Path) -> WorldloomError:
+    """The error for a checkpoint that is there as a pickle only; it names the command that converts it to `out`."""
+    return WorldloomError(
+        "pickled checkpoints are not read: loading one can run any code",
+        got=str(pickle),
+        do=f"worldloom models convert {shlex.quote(str(pickle))} --out {shlex.quote(str(out))}",
+    )
 
 
 def assign_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:

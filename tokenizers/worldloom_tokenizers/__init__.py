@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from worldloom_tokenizers.checkpoint import load_tokenizer
     from worldloom_tokenizers.config import CausalVAEConfig
     from worldloom_tokenizers.encode import encode_dataset
+    from worldloom_tokenizers.semantic import load_semantic
 
-__all__ = ["CausalVAE", "CausalVAEConfig", "encode_dataset", "load_tokenizer"]
+__all__ = ["CausalVAE", "CausalVAEConfig", "encode_dataset", "load_semantic", "load_tokenizer"]
 
 __getattr__ = exports(
     __name__,
@@ -20,6 +21,7 @@ __getattr__ = exports(
         "CausalVAE": "worldloom_tokenizers.causal_vae",
         "CausalVAEConfig": "worldloom_tokenizers.config",
         "encode_dataset": "worldloom_tokenizers.encode",
+        "load_semantic": "worldloom_tokenizers.semantic",
         "load_tokenizer": "worldloom_tokenizers.checkpoint",
     },
 )

@@ -121,7 +121,7 @@ class EfficientNetLite0(nn.Module):
             convert_checkpoint(_wheel_file(), folder / name)
         model = cls()
         assign_weights(model, _folded(read_weights(folder, name=name)), folder / name)
-        return model.requires_grad_(False).to(device).to(memory_format=torch.channels_last)  # faster on a CPU too
+        return model.requires_grad_(False).to(device)
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Maps at 1/2, 1/4, 1/8, 1/16 and 1/32 of the size (rounded up): the last before each further halving.
@@ -131,14 +131,22 @@ class EfficientNetLite0(nn.Module):
         """
         return list(self._levels(x))
 
-    def embed(self, x: Tensor) -> Tensor:
-        """``(n, 1280)``: the mean over positions of the widest layer, not negative.
+    def positions(self, x: Tensor) -> Tensor:
+        """``(n, 1280, H/32, W/32)``: the widest layer, not negative.
 
         Raises:
             WorldloomError: the input is not ``(n, 3, H, W)``.
         """
         *_, last = self._levels(x)
-        return self.head(last).mean((2, 3))
+        return self.head(last)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """``(n, 1280)``: the mean of `positions`.
+
+        Raises:
+            WorldloomError: the input is not ``(n, 3, H, W)``.
+        """
+        return self.positions(x).mean((2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         """ImageNet logits ``(n, 1000)``."""
@@ -147,7 +155,8 @@ class EfficientNetLite0(nn.Module):
     def _levels(self, x: Tensor) -> Iterator[Tensor]:
         if x.ndim != 4 or x.shape[1] != 3:
             raise WorldloomError("images are (n, 3, H, W)", got=tuple(x.shape))
-        x = self.stem((x + 1) * (127.5 / 128) - 127 / 128)  # the released weights expect (pixel - 127) / 128
+        x = (x + 1) * (127.5 / 128) - 127 / 128  # the released weights expect (pixel - 127) / 128
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))  # the layout in which CPUs are faster too
         for block in self.blocks:
             assert isinstance(block, _Block)
             if block.depthwise.stride[0] == 2:
