@@ -31,7 +31,7 @@ def third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     (package / "newer").mkdir()
     (package / "newer" / "config.toml").write_text('kind = "from-the-future"\n')
     digest = file_digest(package / "discrete" / "model.safetensors")
-    (package / "__init__.py").write_text("")
+    (package / "__init__.py").write_text("def load(folder, device, sha256):\n    return object()\n")
     (package / "catalog.py").write_text(
         textwrap.dedent(f"""
         LOAD = "worldloom_tokenizers.checkpoint:load"
@@ -40,6 +40,7 @@ def third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
             "acme-changed": {{"target": LOAD, "path": "changed", "sha256": "{"0" * 64}"}},
             "acme-foreign": {{"target": "acme:load", "kind": "semantic"}},
             "acme-newer": {{"target": LOAD, "path": "newer"}},
+            "acme-embeds": {{"target": "acme:load", "kind": "semantic", "path": "newer"}},
         }}
         """)
     )
@@ -79,7 +80,7 @@ def test_every_catalog_is_read(third_party: Path) -> None:
     assert (discrete["state"], discrete["folder"]) == ("ok", str(third_party / "discrete"))
     assert found["acme-changed"]["state"] == "changed"
     foreign = found["acme-foreign"]
-    assert (foreign["kind"], foreign["state"]) == ("semantic", "missing")
+    assert (foreign["kind"], foreign["state"]) == ("semantic", "elsewhere")
     assert {foreign[key] for key in ("ratio", "channels", "parameters", "bytes", "network", "folder")} == {None}
     assert found["acme-newer"]["kind"] is None
     assert "acme-newer" in problems
@@ -95,3 +96,12 @@ def test_the_table_has_a_line_each() -> None:
     assert discrete.split()[-1] == "ok"
     (nano,) = [line for line in lines if line.startswith("loom-cv-nano")]
     assert "16 channels" in nano
+
+
+@pytest.mark.usefixtures("third_party")
+@pytest.mark.parametrize("verb", ["encode", "eval"])
+def test_what_is_no_video_tokenizer_is_refused(tmp_path: Path, verb: str) -> None:
+    words = ["tokenize", verb, str(tmp_path), "--tokenizer", "acme-embeds", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 2
+    assert "does not encode video and decode it again" in done.stderr

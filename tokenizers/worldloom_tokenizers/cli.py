@@ -40,12 +40,20 @@ def tokenize() -> None:
 
 
 def _load(name: str, device: str) -> Any:
-    """A tokenizer on a device that is there."""
+    """A video tokenizer on a device that is there."""
     from worldloom.loading import check_device
+    from worldloom.protocols import VideoTokenizer
     from worldloom_tokenizers.checkpoint import load_tokenizer
 
     check_device(device)
-    return load_tokenizer(name, device=device)
+    tokenizer = load_tokenizer(name, device=device)
+    if not isinstance(tokenizer, VideoTokenizer):
+        raise WorldloomError(
+            "this tokenizer does not encode video and decode it again",
+            got=name,
+            do="worldloom tokenize list shows the continuous and discrete ones, which do",
+        )
+    return tokenizer
 
 
 @tokenize.command("list")

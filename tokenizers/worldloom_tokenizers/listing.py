@@ -37,7 +37,8 @@ class ListedTokenizer:
     bytes: int | None
     """Size of ``model.safetensors``."""
     state: str
-    """``ok``, ``missing``, ``changed`` (not the file that the catalog names) or ``unchecked`` (it names none)."""
+    """``ok``, ``missing``, ``changed`` (not the file that the catalog names), ``unchecked`` (it names no digest) or
+    ``elsewhere`` (it names no folder: the weights come from another package, or are fetched)."""
     summary: str
     """One sentence."""
     folder: str | None
@@ -70,7 +71,7 @@ def listed(problems: list[str] | None = None) -> list[ListedTokenizer]:
                 codebook_size=size or None,
                 parameters=model.parameters or None,
                 bytes=model.bytes or None,
-                state=model.state,
+                state=model.state if model.folder is not None else "elsewhere",
                 summary=model.summary,
                 folder=None if model.folder is None else str(model.folder),
             )
