@@ -80,6 +80,36 @@ class SemanticTokenizer(Protocol):
 
 
 @runtime_checkable
+class ActionTokenizer(Protocol):
+    """Actions to integer tokens and back."""
+
+    @property
+    def action_dim(self) -> int: ...
+    @property
+    def tokens(self) -> int:
+        """Tokens of one action."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are 0 to this less one."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) that changes whenever the tokens would."""
+        ...
+
+    def encode(self, actions: Tensor, *, clip: bool = False) -> Tensor:
+        """``(b, T, a)`` or ``(T, a)`` -> int64 ``(b, T, n)`` or ``(T, n)``; ``clip`` takes values outside the range."""
+        ...
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """The reverse of `encode`, up to the width of a bin; float32."""
+        ...
+
+
+@runtime_checkable
 class Generates(Protocol):
     """Makes a video from text, an image, a video or actions."""
 
