@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from worldloom.artifacts import home
 from worldloom.errors import WorldloomError
 from worldloom_tokenizers.efficientnet import EfficientNetLite0, _Conv
 
@@ -41,6 +43,40 @@ def test_a_photograph_is_recognised(network: EfficientNetLite0) -> None:
         same, other = network.embed(torch.cat([image.roll(9, 3), image.flip(2)])).split(1)
         own = network.embed(image)
         assert F.cosine_similarity(own, same) > F.cosine_similarity(own, other) + 0.1
+
+
+def _released(weights: dict[str, Tensor], image: Tensor) -> Tensor:
+    """Logits from the released tensors, written by the table of the paper with batch norms of their own, in float64."""
+
+    def layer(x: Tensor, conv: str, norm: str, stride: int = 1, groups: int = 1) -> Tensor:
+        kernel = weights[f"{conv}.weight"].double()
+        total = [max((-(-n // stride) - 1) * stride + kernel.shape[-1] - n, 0) for n in x.shape[-2:]]
+        x = F.pad(x, (total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2))
+        x = F.conv2d(x, kernel, stride=stride, groups=groups)
+        names = ("running_mean", "running_var", "weight", "bias")
+        mean, variance, gain, bias = (weights[f"{norm}.{name}"].double() for name in names)
+        return F.batch_norm(x, mean, variance, gain, bias, eps=1e-3)
+
+    x = layer(((image + 1) * 127.5 - 127) / 128, "_conv_stem", "_bn0", stride=2).clamp(0, 6)
+    strides = [1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1]
+    for number, stride in enumerate(strides):
+        name, y = f"_blocks.{number}", x
+        if number:
+            y = layer(y, f"{name}._expand_conv", f"{name}._bn0").clamp(0, 6)
+        y = layer(y, f"{name}._depthwise_conv", f"{name}._bn1", stride, groups=y.shape[1]).clamp(0, 6)
+        y = layer(y, f"{name}._project_conv", f"{name}._bn2")
+        x = x + y if x.shape == y.shape else y
+    x = layer(x, "_conv_head", "_bn1").clamp(0, 6).mean((2, 3))
+    return x @ weights["_fc.weight"].double().T + weights["_fc.bias"].double()
+
+
+@pytest.mark.parametrize("size", [(224, 224), (61, 78)])
+def test_it_computes_what_the_released_network_does(network: EfficientNetLite0, size: tuple[int, int]) -> None:
+    (file,) = (home() / "weights").glob("efficientnet-lite0-*.safetensors")
+    image = torch.rand(1, 3, *size) * 2 - 1
+    expected = _released(load_file(file), image.double()).float()
+    assert expected.std() > 0.3
+    assert torch.allclose(network(image), expected, atol=1e-4)
 
 
 def test_its_size_is_the_published_one(network: EfficientNetLite0) -> None:
