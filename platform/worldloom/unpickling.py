@@ -88,7 +88,8 @@ def _sentence(error: Exception) -> str:
 def choose(content: Any, key: str) -> tuple[str, dict[str, Tensor], list[str]]:
     """The one level that holds all tensors: its path, its tensors, and the paths of what is left out.
 
-    Levels are nested dicts, named by their keys with ``/`` between; the outermost is ``/``.
+    Levels are nested dicts and lists, named by their keys with ``/`` between; the outermost is ``/``. What has a number
+    for a name, as in a list, gets that number in digits.
 
     Args:
         content: what a checkpoint holds.
@@ -129,9 +130,10 @@ def choose(content: Any, key: str) -> tuple[str, dict[str, Tensor], list[str]]:
                     do="choose the level of the tensors with --key",
                 )
             left_out.append(where)
-    tensors = {name: value for name, value in candidates[holding[0]].items() if _is_tensor(value)}
-    if not all(isinstance(name, str) for name in tensors):
-        raise WorldloomError("the tensors of this level have numbers, not names", got=holding[0])
+    found = [(str(name), value) for name, value in candidates[holding[0]].items() if _is_tensor(value)]
+    tensors = dict(found)
+    if len(tensors) < len(found):
+        raise WorldloomError("two tensors differ in the type of their name only, 1 and '1'", got=holding[0])
     return holding[0], tensors, left_out
 
 

@@ -297,6 +297,7 @@ def test_several_levels_of_tensors() -> None:
     assert choose(content, "optimizer") == ("/optimizer/0", {"m": one}, [])
     with pytest.raises(WorldloomError, match=r"no such level[^$]*state_dict"):
         choose(content, "state")
+    assert choose((one, two), "") == ("/", {"0": one, "1": two}, [])  # how Cosmos-Tokenizer gives mean and std
     # A chosen level passes by what is nested in it.
     assert choose({"w": one, "inner": {"w": two}}, "/") == ("/", {"w": one}, ["/inner"])
 
@@ -306,7 +307,7 @@ def test_several_levels_of_tensors() -> None:
     [
         (torch.zeros(1), "no named tensors"),
         ({"a": {"b": 1}}, "no named tensors"),
-        ([torch.zeros(1)], "numbers, not names"),
+        ({1: torch.zeros(1), "1": torch.zeros(1)}, "two tensors differ in the type of their name only"),
         ({"w": torch.zeros(1), "odd": {1}}, r"neither a tensor nor a plain value[^$]*/odd: builtins\.set"),
     ],
 )
