@@ -179,7 +179,9 @@ def evaluate(
     if dataset.index.kind != "clips":
         raise WorldloomError("evaluation compares pixels", got=f"{dataset.root} holds latents", do="give the clips")
     if (config.frames - 1) % tokenizer.temporal_ratio:
-        raise WorldloomError(f"a window has 1 + {tokenizer.temporal_ratio}k frames", got=config.frames)
+        ratio, whole = tokenizer.temporal_ratio, (config.frames - 1) // tokenizer.temporal_ratio
+        use = f"use {1 + whole * ratio} or {1 + (whole + 1) * ratio}"
+        raise WorldloomError(f"a window has 1 + {ratio}k frames", got=config.frames, do=use)
     windows = _plan(dataset, config)
     device = next(iter(getattr(tokenizer, "parameters", lambda: iter(()))()), torch.zeros(())).device
     codebook_size = int(getattr(tokenizer, "codebook_size", 0))
