@@ -19,7 +19,12 @@ RECIPES = {
     },
     "tokenizer": {
         "target": "worldloom_finetune.tokenizer:TokenizerJob",
-        "summary": "Causal video autoencoder on clips.",
+        "summary": "Video tokenizer on clips: continuous or discrete, with perceptual and adversarial terms.",
         "defaults": "recipes/tokenizer.toml",
+    },
+    "preview-decoder": {
+        "target": "worldloom_finetune.preview:PreviewJob",
+        "summary": "Small, fast decoder of a tokenizer's latents, distilled from it.",
+        "defaults": "recipes/preview-decoder.toml",
     },
 }

@@ -18,7 +18,7 @@ from worldloom_finetune.clips import contact_sheet, open_bank, open_windows, psn
 from worldloom_finetune.config import FinetuneConfig
 from worldloom_finetune.discriminator import PatchDiscriminator
 from worldloom_finetune.export import rounded
-from worldloom_finetune.reconstruction import Distance, ReconstructionConfig, tokenizer_loss
+from worldloom_finetune.reconstruction import ReconstructionConfig, perceptual_distance, tokenizer_loss
 from worldloom_tokenizers.checkpoint import build, kind_of, load_tokenizer, write_config
 from worldloom_tokenizers.codec import VideoCodec
 from worldloom_tokenizers.presets import PRESETS
@@ -67,11 +67,7 @@ class TokenizerJob:
             self.discriminator = PatchDiscriminator(objective.adversarial_channels)
             self.model = nn.ModuleDict({"tokenizer": tokenizer, "discriminator": self.discriminator})
         self.unused = False
-        self._perceptual: nn.Module | None = None
-        if objective.perceptual:
-            from worldloom_tokenizers.perceptual import PerceptualLoss
-
-            self._perceptual = PerceptualLoss()
+        self._perceptual = perceptual_distance(objective)
 
     @classmethod
     def prepare(cls, request: Any, config: TokenizerTraining) -> None:
@@ -101,8 +97,6 @@ class TokenizerJob:
             if config.model:
                 tokenizer = _discretised(tokenizer, config.model)
         train, val = open_windows(bank, config, tokenizer)
-        if config.objective.temporal and train.length < 2:
-            raise WorldloomError("objective.temporal compares frames with the next", got="data.frames = 1")
         if preset is not None:
             tokenizer.initialise(train.collate([train.item(0, i) for i in data.spread(len(train), _FIRST_WINDOWS)]))
         return cls(config, tokenizer, train, val, digests, inputs)
@@ -115,13 +109,9 @@ class TokenizerJob:
             self.config.objective,
             generator,
             step=step,
-            perceptual=self._distance(batch),
+            perceptual=self._perceptual,
             discriminator=self.discriminator,
         )
-
-    def _distance(self, video: Tensor) -> Distance | None:
-        # Not a part of `model`, which is trained and saved; so nothing else moves it to where the videos are.
-        return self._perceptual.to(video.device, video.dtype) if self._perceptual is not None else None
 
     def sample(self) -> np.ndarray | None:
         """Held-out windows above their reconstructions."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -207,16 +207,7 @@ class VideoCodec(nn.Module):
     @property
     def fingerprint(self) -> str:
         """sha256 (hex) of every weight, as float32, and of the configuration where it differs from the defaults."""
-        changed = [
-            f"{f.name}={getattr(self.config, f.name)!r}"
-            for f in dataclasses.fields(self.config)
-            if getattr(self.config, f.name) != _default(f)
-        ]
-        digest = hashlib.sha256(" ".join((type(self.config).__name__, *changed)).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return digest(self.config, self.state_dict())
 
     @torch.no_grad()
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
@@ -364,6 +355,20 @@ class VideoCodec(nn.Module):
             raise WorldloomError(
                 f"latents are (b, {self.latent_channels}, t, h, w), t at least 1", got=tuple(latents.shape)
             )
+
+
+def digest(config: Any, tensors: Mapping[str, Tensor]) -> str:
+    """sha256 (hex) of tensors, as float32, and of a dataclass where it differs from its defaults."""
+    changed = [
+        f"{f.name}={getattr(config, f.name)!r}"
+        for f in dataclasses.fields(config)
+        if getattr(config, f.name) != _default(f)
+    ]
+    found = hashlib.sha256(" ".join((type(config).__name__, *changed)).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(name.encode())
+        found.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _default(f: dataclasses.Field[Any]) -> Any:

@@ -46,3 +46,27 @@ class CausalVAEConfig:
     def spatial_ratio(self) -> int:
         """Pixels along an edge of a latent vector."""
         return 8
+
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    """A decoder for previews: small, for the latents of one tokenizer. Its first three fields are that tokenizer's."""
+
+    latent_channels: int = 16
+    """Channels of a latent vector."""
+    temporal_ratio: int = 4
+    """Frames of a latent frame, except the first, which holds one."""
+    spatial_ratio: int = 8
+    """Pixels along an edge of a latent vector, an even number."""
+    widths: tuple[int, int] = (48, 32)
+    """Channels at the size of the latents and at twice that."""
+    blocks: tuple[int, int] = (2, 1)
+    """Residual blocks at each of these sizes."""
+    temporal_kernel: int = 3
+    """Latent frames that a temporal convolution sees, the present one and those before it."""
+
+    def __post_init__(self) -> None:
+        if min(*self.widths, self.latent_channels, self.temporal_ratio) < 1 or self.temporal_kernel < 2:
+            raise WorldloomError("sizes are positive, temporal_kernel is at least 2", got=self)
+        if self.spatial_ratio < 2 or self.spatial_ratio % 2:
+            raise WorldloomError("spatial_ratio must be even", got=self.spatial_ratio)
