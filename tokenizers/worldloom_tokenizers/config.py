@@ -70,3 +70,46 @@ class PreviewConfig:
             raise WorldloomError("sizes are positive, temporal_kernel is at least 2", got=self)
         if self.spatial_ratio < 2 or self.spatial_ratio % 2:
             raise WorldloomError("spatial_ratio must be even", got=self.spatial_ratio)
+
+
+@dataclass(frozen=True)
+class LatentActionConfig:
+    """A latent action model: a few codes for what happens between two frames."""
+
+    codes: int = 8
+    """Size of the codebook: the number of latent actions."""
+    code_dim: int = 3
+    """Size of a code."""
+    past: int = 1
+    """Frames that the decoder sees, the present one and those before it. With more than one it sees motion, and a code
+    may come to mean "go on" rather than an action."""
+    width: int = 32
+    """Channels at 1/4 of the frame size; twice as many at 1/8."""
+    encoder_blocks: int = 1
+    """Residual blocks of the encoder at each size."""
+    decoder_blocks: int = 1
+    """Residual blocks of the decoder at each size and in each direction."""
+    commitment: float = 0.25
+    """Weight of the term that keeps what the encoder gives near the codes."""
+    bypass: float = 0.8
+    """Share of the pairs of a training batch whose code is not quantised, so that the encoder is taught by gradients
+    that no rounding bends."""
+    balance: float = 0.1
+    """Weight of the term that spreads the pairs over the codes."""
+    codebook_weight: float = 0.01
+    """Weight of the codebook's loss against the prediction error."""
+    moving_weight: float = 1.0
+    """By how much more a moving pixel counts than a still one."""
+    moving_threshold: float = 0.05
+    """Change of a pixel, mean over channels of [-1, 1], from which on it moves."""
+
+    def __post_init__(self) -> None:
+        if min(self.codes, self.code_dim) < 2 or self.past < 1:
+            raise WorldloomError(
+                "codes and code_dim must be at least 2, past at least 1", got=(self.codes, self.code_dim, self.past)
+            )
+        if self.width < 8 or self.width % 8 or min(self.encoder_blocks, self.decoder_blocks) < 1:
+            raise WorldloomError(
+                "width must be a multiple of 8, and encoder and decoder need at least one block each",
+                got=(self.width, self.encoder_blocks, self.decoder_blocks),
+            )
