@@ -36,10 +36,10 @@ def main(job: Mapping[str, Any]) -> None:
     limit_resources(int(job["memory"]), int(job["seconds"]))
     confine_interpreter(folder)
     try:
-        level, tensors, left_out = choose(_load(Path(job["source"])), job["key"])
+        _, tensors, left_out = choose(_load(Path(job["source"])), job["key"])
         metadata = {"format": "pt", **job["metadata"]}
         safetensors.torch.save_file(_own_storage(tensors), f"{folder}/{TENSORS}", metadata)
-        report = {"level": level, "left_out": left_out}
+        report: dict[str, object] = {"left_out": left_out}
     except WorldloomError as error:
         report = {"what": error.what, "got": error.got and str(error.got), "do": error.do}
     except Exception as error:  # a hostile or damaged file can fail in any way; the parent shows one error
