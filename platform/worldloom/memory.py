@@ -64,6 +64,8 @@ def peak_memory(device: Any = "cpu") -> Iterator[Peak]:
 
 def _reset() -> int | None:
     """Give freed memory back, set the high-water mark to the resident size, and return that; None where it fails."""
+    if not _CLEAR.exists():
+        return None
     try:
         _trim()
         _CLEAR.write_text(_RESET_PEAK)

@@ -74,16 +74,21 @@ def test_there_is_no_figure_where_nothing_measures(monkeypatch: pytest.MonkeyPat
     with peak_memory("meta") as peak:
         torch.ones(1000, device="meta")
     assert peak.bytes is None
-    monkeypatch.setattr(memory, "_CLEAR", tmp_path / "no" / "such")
-    with peak_memory("cpu") as peak:
-        touch_numpy(64 * MB)
-    assert peak.bytes is None
+    refused = tmp_path / "refused"
+    refused.mkdir()  # writing to it fails, as it does where /proc is read-only
+    for path in (tmp_path / "absent", refused):
+        monkeypatch.setattr(memory, "_CLEAR", path)
+        with peak_memory("cpu") as peak:
+            touch_numpy(64 * MB)
+        assert peak.bytes is None
 
 
 @measured
 def test_a_reset_that_is_ignored_gives_no_figure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     touch_numpy(256 * MB)
-    monkeypatch.setattr(memory, "_CLEAR", tmp_path / "ignored")
+    ignored = tmp_path / "ignored"
+    ignored.touch()
+    monkeypatch.setattr(memory, "_CLEAR", ignored)
     with peak_memory("cpu") as peak:
         touch_numpy(64 * MB)
     assert peak.bytes is None

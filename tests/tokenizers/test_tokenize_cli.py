@@ -109,6 +109,8 @@ def test_latents_of_another_tokenizer_are_refused(folder: Path, clips: Dataset, 
         ("encode {empty} --out {out} --tokenizer {folder}", "not a finished dataset"),
         ("eval {empty} --out {out} --tokenizer {folder}", "not a finished dataset"),
         ("decode {empty} --out {out} --tokenizer {folder}", "not a finished dataset"),
+        ("encode {zero} --out {out} --tokenizer {folder}", "the dataset is empty"),
+        ("eval {zero} --out {out} --tokenizer {folder}", "the dataset is empty"),
         ("encode {latents} --out {out} --tokenizer {folder}", "latents already"),
         ("eval {latents} --out {out} --tokenizer {folder}", "compares pixels"),
         ("decode {clips} --out {out} --tokenizer {folder}", "holds clips"),
@@ -133,13 +135,16 @@ def mistakes(folder: Path, clips: Dataset, tmp_path_factory: pytest.TempPathFact
     media.write_video(root / "film.mp4", tiny_models.moving_square(9, 1), 10.0)
     (root / "text.mp4").write_text("no video at all")
     (root / "empty").mkdir()
+    (root / "zero").mkdir()
+    index = json.loads((clips.root / "dataset.json").read_text()) | {"samples": 0, "frames": 0, "shards": []}
+    (root / "zero" / "dataset.json").write_text(json.dumps(index))
     (root / "model.pt").write_bytes(b"\x80\x02")
     shutil.copytree(folder, root / "cut")
     weights = root / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     np.save(root / "array.npy", np.full((4, 2, 4, 4), np.nan, np.float32))
     world = tiny_models.world_folder(root / "world", folder)
-    paths = {"text": "text.mp4", "empty": "empty", "pt": "model.pt", "cut": "cut", "array": "array.npy"}
+    paths = {"text": "text.mp4", "empty": "empty", "zero": "zero", "pt": "model.pt", "cut": "cut", "array": "array.npy"}
     paths |= {"latents": "latents", "film": "film.mp4"}
     return {name: root / path for name, path in paths.items()} | {"folder": folder, "clips": clips.root, "world": world}
 

@@ -107,6 +107,8 @@ def encode_dataset(
     dataset = shards.open_dataset(root)
     if dataset.index.kind != "clips":
         raise WorldloomError("this dataset holds latents already", got=str(root), do="give the dataset of clips")
+    if not len(dataset):
+        raise WorldloomError("the dataset is empty", got=str(root), do="give one with clips")
     out = Path(out)
     fingerprint = tokenizer.fingerprint
     name = str(Path(name).resolve()) if Path(name).is_dir() else name

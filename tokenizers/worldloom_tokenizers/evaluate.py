@@ -178,6 +178,8 @@ def evaluate(
     dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
     if dataset.index.kind != "clips":
         raise WorldloomError("evaluation compares pixels", got=f"{dataset.root} holds latents", do="give the clips")
+    if not len(dataset):
+        raise WorldloomError("the dataset is empty", got=dataset.root, do="give one with clips")
     if (config.frames - 1) % tokenizer.temporal_ratio:
         ratio, whole = tokenizer.temporal_ratio, (config.frames - 1) // tokenizer.temporal_ratio
         use = f"use {1 + whole * ratio} or {1 + (whole + 1) * ratio}"
