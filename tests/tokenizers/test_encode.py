@@ -197,6 +197,8 @@ def test_a_tokenizers_folder_is_recorded_so_that_it_is_found_from_anywhere(
         ({"frames": 10}, "1 \\+ 4k"),
         ({"frames": 1}, "1 \\+ 4k"),
         ({"size": (30, 32)}, "multiples of 8"),
+        ({"stride": -1}, "must be positive"),
+        ({"batch_size": 0}, "must be positive"),
         ({"frames": 33}, "no clip is long enough"),
     ],
 )

@@ -15,6 +15,7 @@ _tokenizer = click.option(
 )
 _device = click.option("--device", default="cpu", show_default=True, help="Where it runs, e.g. cuda.")
 _folder = click.Path(file_okay=False)
+_positive = click.IntRange(min=1)
 
 
 class Size(click.ParamType):
@@ -79,10 +80,10 @@ def list_(as_json: bool) -> None:
 @click.argument("data", type=click.Path(exists=True))
 @click.option("--out", required=True, type=_folder, help="Folder of the latents.")
 @_tokenizer
-@click.option("--frames", default=33, show_default=True, help="Frames of a window, 1 + 4k.")
-@click.option("--stride", type=int, help="Distance of windows.  [default: the window, no overlap]")
+@click.option("--frames", type=_positive, default=33, show_default=True, help="Frames of a window, 1 + 4k.")
+@click.option("--stride", type=_positive, help="Distance of windows.  [default: the window, no overlap]")
 @click.option("--size", type=Size(), default="64", show_default=True, help="Clips are cropped and resized to this.")
-@click.option("--batch-size", default=4, show_default=True, help="Windows at a time.")
+@click.option("--batch-size", type=_positive, default=4, show_default=True, help="Windows at a time.")
 @click.option("--pad", is_flag=True, help="Of a video file, encode the last frames too where they do not fill a group.")
 @_device
 def encode(
@@ -146,8 +147,13 @@ def _frames(count: int) -> str:
 @click.argument("latents", type=click.Path(exists=True))
 @click.option("--out", required=True, type=_folder, help="Folder of the videos.")
 @click.option("--tokenizer", "name", help="Catalog name or folder.  [default: the one recorded with the latents]")
-@click.option("--clips", default=16, show_default=True, help="Of a dataset, decode this many; 0 for all.")
-@click.option("--fps", type=float, help="Frames per second.  [default: as recorded, else 10]")
+@click.option(
+    "--clips", type=click.IntRange(min=0), default=16, show_default=True,
+    help="Of a dataset, decode this many; 0 for all.",
+)  # fmt: skip
+@click.option(
+    "--fps", type=click.FloatRange(0, min_open=True), help="Frames per second.  [default: as recorded, else 10]"
+)
 @_device
 def decode(latents: str, out: str, name: str | None, clips: int, fps: float | None, device: str) -> None:
     """Decode LATENTS, a dataset of latents or a .npy file of latents or codes, to videos."""
@@ -171,10 +177,13 @@ def decode(latents: str, out: str, name: str | None, clips: int, fps: float | No
     "--tokenizer", "names", multiple=True, default=("loom-cv-nano",), show_default=True,
     help="Catalog name or checkpoint folder; give it several times to compare.",
 )  # fmt: skip
-@click.option("--frames", default=17, show_default=True, help="Frames of a window, 1 + 4k.")
+@click.option("--frames", type=_positive, default=17, show_default=True, help="Frames of a window, 1 + 4k.")
 @click.option("--size", type=Size(), default="64", show_default=True, help="Clips are cropped and resized to this.")
-@click.option("--clips", default=128, show_default=True, help="Test windows, spread over the dataset; 0 for all.")
-@click.option("--batch-size", default=4, show_default=True, help="Windows at a time.")
+@click.option(
+    "--clips", type=click.IntRange(min=0), default=128, show_default=True,
+    help="Test windows, spread over the dataset; 0 for all.",
+)  # fmt: skip
+@click.option("--batch-size", type=_positive, default=4, show_default=True, help="Windows at a time.")
 @_device
 def evaluate(
     data: str,

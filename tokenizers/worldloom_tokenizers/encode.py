@@ -103,6 +103,8 @@ def encode_dataset(
         )
     if size[0] % edge or size[1] % edge:
         raise WorldloomError(f"height and width must be multiples of {edge}", got=size)
+    if min(stride or 1, batch_size) < 1:
+        raise WorldloomError("stride and batch_size must be positive", got=(stride, batch_size))
     stride = stride or frames
     dataset = shards.open_dataset(root)
     if dataset.index.kind != "clips":
