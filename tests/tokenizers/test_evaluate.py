@@ -195,6 +195,12 @@ def test_several_tokenizers_stand_side_by_side(folder: Path, discrete: Path, cli
     assert run(*swapped).stdout.splitlines()[0].split() == ["tiny-discrete", "tiny-tokenizer"]
 
 
+@pytest.mark.parametrize(("mean", "shown"), [(-0.0001, "0.000"), (-0.25, "-0.250"), (0.0004, "0.000"), (1.5, "1.500")])
+def test_no_minus_stands_before_a_zero(folder: Path, clips: Dataset, mean: float, shown: str) -> None:
+    result = dataclasses.replace(evaluate(load_tokenizer(folder), clips, CONFIG), latent_mean=mean, latent_std=1.0)
+    assert dict(figures([result]))["latents, mean and standard deviation"] == f"{shown}, 1.000"
+
+
 def test_labels_tell_folders_of_one_name_apart(folder: Path, clips: Dataset) -> None:
     result = evaluate(load_tokenizer(folder), clips, CONFIG)
     named = [

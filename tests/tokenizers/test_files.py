@@ -129,6 +129,17 @@ def test_a_continuous_tokenizer_writes_no_codes(folder: Path, tmp_path: Path) ->
     assert sorted(p.name for p in (tmp_path / "l").iterdir()) == ["film.json", "film.npy"]
 
 
+def test_a_tokenizers_folder_is_found_from_anywhere(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    film(tmp_path / "film.mp4", 5)
+    monkeypatch.chdir(folder.parent)
+    done = run("encode", tmp_path / "film.mp4", "--out", tmp_path / "l", "--tokenizer", folder.name, "--size", 32)
+    assert done.exit_code == 0, done.output
+    monkeypatch.chdir(tmp_path)
+    assert run("decode", tmp_path / "l" / "film.npy", "--out", tmp_path / "v").exit_code == 0
+
+
 @pytest.fixture
 def latents(folder: Path, tmp_path: Path) -> Path:
     """Those of 9 frames."""

@@ -50,6 +50,11 @@ def indices(tokenizer: Any, latents: torch.Tensor) -> np.ndarray:
     return tokenizer.to_indices(latents).to("cpu", torch.int32).numpy()
 
 
+def recorded_name(name: str) -> str:
+    """What latents record: a catalog name as it is, of a folder the whole path, so that it is found from anywhere."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
 def window_of(clip: Clip, start: int, length: int, size: tuple[int, int]) -> Clip:
     """Frames ``[start, start + length)`` of a clip as a clip of its own; the parent's id stays in its metadata."""
     first = clip.start + start * clip.step
@@ -113,7 +118,7 @@ def encode_dataset(
         raise WorldloomError("the dataset is empty", got=str(root), do="give one with clips")
     out = Path(out)
     fingerprint = tokenizer.fingerprint
-    name = str(Path(name).resolve()) if Path(name).is_dir() else name
+    name = recorded_name(name)
     config = {"frames": frames, "stride": stride, "size": list(size), "tokenizer": name, "fingerprint": fingerprint}
     done = _done(out, dataset.index.id, config)
     if done is not None:

@@ -81,7 +81,7 @@ def figures(results: Sequence[TokenizerEval]) -> list[tuple[str, ...]]:
         ("codes", lambda r: None if r.codes is None else _codebooks(r)),
         ("codes used", lambda r: None if r.codes is None else _range([100 * u for u in r.codes.usage], " %")),
         ("perplexity of the codes", lambda r: None if r.codes is None else _range(r.codes.perplexity, "")),
-        ("latents, mean and standard deviation", lambda r: f"{r.latent_mean:.3f}, {r.latent_std:.3f}"),
+        ("latents, mean and standard deviation", lambda r: f"{_signed(r.latent_mean)}, {r.latent_std:.3f}"),
         ("encoding", lambda r: f"{r.encode_fps:.3g} frames/s"),
         ("decoding", lambda r: f"{r.decode_fps:.3g} frames/s"),
         ("peak memory of encoding", lambda r: _size(r.encode_peak_bytes)),
@@ -116,6 +116,11 @@ def _codebooks(result: TokenizerEval) -> str:
 def _range(values: Sequence[float], unit: str) -> str:
     low, high = f"{min(values):.3g}", f"{max(values):.3g}"
     return f"{low}{unit}" if low == high else f"{low} to {high}{unit}"
+
+
+def _signed(value: float) -> str:
+    """Three decimals, and no minus before a zero."""
+    return f"{round(value, 3) + 0.0:.3f}"
 
 
 def _size(count: int | None) -> str | None:

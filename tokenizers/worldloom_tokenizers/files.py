@@ -26,7 +26,7 @@ from worldloom.errors import WorldloomError
 from worldloom.protocols import VideoTokenizer
 from worldloom.shards import open_dataset
 from worldloom_tokenizers.checkpoint import load_tokenizer
-from worldloom_tokenizers.encode import indices
+from worldloom_tokenizers.encode import indices, recorded_name
 
 _CHUNK = 8  # latent frames encoded or decoded at a time: memory does not grow with the length of a video
 _FPS = 10.0
@@ -61,7 +61,7 @@ def encode_file(
     """Encode a video, or its longest beginning of 1 + r k frames; frames are streamed, memory holds the latents alone.
 
     Args:
-        name: the tokenizer's, for the record.
+        name: the tokenizer's name or folder, for the record (a folder's whole path, so that decoding finds it).
         size: (height, width) that frames are cropped and resized to.
         pad: encode the remainder too, its last frame repeated; the true number of frames is recorded and decoded.
 
@@ -85,7 +85,7 @@ def encode_file(
         _save(out / f"{video.stem}.codes.npy", np.concatenate(codes, axis=1))
     _save(target, latents)
     facts = {
-        "tokenizer": {"name": name, "fingerprint": tokenizer.fingerprint},
+        "tokenizer": {"name": recorded_name(name), "fingerprint": tokenizer.fingerprint},
         "fps": media.probe(video).fps,
         "source": {"path": str(video.absolute()), "sha256": file_digest(video)},
         "size": list(size),
