@@ -1,0 +1,1 @@
+"""Cosmos-Tokenizer: continuous and discrete, video and image."""

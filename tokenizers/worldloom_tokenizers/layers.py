@@ -1,0 +1,147 @@
+"""Causal convolutions and norms that the Cosmos and Wan tokenizers are made of, on channels-last videos.
+
+Released checkpoints keep kernels as ``(o, c, k, h, w)``; here activations are ``(b, t, h, w, c)``, so that norms over
+channels and products with 1x1 kernels run over contiguous memory. What is computed is the same; how, depends on the size:
+3x3 kernels go through `winograd` on a CPU where that is faster, taps in time that would only meet zeros are skipped, and
+enlarging twice before a convolution is folded into it. With gradients, and on other devices, torch's own convolutions run.
+
+Letters: b batch, t frames, h w size, c o channels, k taps in time.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from worldloom_tokenizers import winograd
+from worldloom_tokenizers.codec import State
+
+Past = Literal["zeros", "first"]
+"""What a causal convolution sees before the first frame: zeros, or the first frame again."""
+
+
+class CausalConv(nn.Module):
+    """A convolution that sees the present frame and those before it; stride 1, size kept.
+
+    Args:
+        kernel: (taps in time, height, width); height and width are 3 or 1.
+        past: what is before the first frame.
+    """
+
+    def __init__(self, c: int, o: int, kernel: tuple[int, int, int] = (3, 3, 3), past: Past = "zeros") -> None:
+        super().__init__()
+        conv = nn.Conv3d(c, o, kernel)  # its initialisation
+        assert conv.bias is not None
+        self.weight, self.bias, self.past = conv.weight, conv.bias, past
+
+    def forward(self, x: Tensor, state: State | None) -> Tensor:
+        """``(b, t, h, w, c)`` -> ``(b, t, h, w, o)``."""
+        taps, edge = self.weight.shape[2], self.weight.shape[3]
+        t, frames = x.shape[1], self._with_past(x, state)
+        if edge == 3:
+            return conv3x3(frames, self.weight, self.bias, t)
+        weight = self.weight.flatten(2)  # (o, c, k)
+        if t == 1 and self.past == "first" and frames.shape[1] == 1 and taps > 1:
+            weight = weight.sum(dim=2, keepdim=True)  # every tap sees the same frame
+        have = frames.shape[1] - t + 1  # taps that see a frame for every output
+        y = F.linear(frames[:, have - 1 :], weight[..., -1], self.bias)
+        for back in range(1, weight.shape[2]):
+            seen = frames[:, max(have - 1 - back, 0) : frames.shape[1] - back]
+            if seen.shape[1]:
+                y = _add_at_end(y, F.linear(seen, weight[..., -1 - back]))
+        return y
+
+    def _with_past(self, x: Tensor, state: State | None) -> Tensor:
+        """The frames that the taps need: what the state holds of the past, then ``x``; remembers the last of them."""
+        taps = self.weight.shape[2]
+        if taps == 1:
+            return x
+        past = state.get(self) if state is not None else None
+        if past is None and self.past == "first" and x.shape[1] > 1:
+            past = x[:, :1].expand(-1, taps - 1, -1, -1, -1)
+        frames = x if past is None else torch.cat([past, x], dim=1)
+        if state is not None:
+            held = frames[:, -(taps - 1) :].detach()
+            if self.past == "first" and held.shape[1] < taps - 1:
+                held = held.expand(-1, taps - 1, -1, -1, -1)
+            state[self] = held.clone()  # a view would keep the whole chunk alive
+        return frames
+
+
+def _add_at_end(y: Tensor, more: Tensor) -> Tensor:
+    """``y`` with ``more`` added to its last frames."""
+    if torch.is_grad_enabled():
+        return y + F.pad(more, (0, 0, 0, 0, 0, 0, y.shape[1] - more.shape[1], 0))
+    y[:, y.shape[1] - more.shape[1] :] += more
+    return y
+
+
+def conv3x3(frames: Tensor, weight: Tensor, bias: Tensor | None, t: int, *, enlarge: bool = False) -> Tensor:
+    """The last ``t`` of the given frames, convolved as `winograd.conv3x3` says."""
+    b, total, h, w, c = frames.shape
+    o, _, taps = weight.shape[:3]
+    grown = 2 if enlarge else 1
+    tiles = b * t * -(-h * grown // 4) * -(-w * grown // 4)
+    if (
+        not torch.is_grad_enabled()
+        and frames.device.type == "cpu"
+        and frames.dtype in (torch.float32, torch.float64)
+        and winograd.worthwhile(tiles, c, o)
+    ):
+        return winograd.conv3x3(frames, weight, bias, t, enlarge=enlarge)
+    x = frames.permute(0, 4, 1, 2, 3)  # (b, c, T, h, w), channels-last in memory
+    if enlarge:
+        x = x.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
+    if taps == 1 or total == 1:  # only the last tap sees a frame
+        flat = x.transpose(1, 2).flatten(0, 1)  # (b*t, c, h, w)
+        y = F.conv2d(flat, weight[:, :, -1], bias, padding=1)
+        return y.unflatten(0, (b, total)).permute(0, 1, 3, 4, 2)
+    missing = taps - 1 - (total - t)
+    if missing:
+        x = F.pad(x, (0, 0, 0, 0, missing, 0))
+    return F.conv3d(x, weight, bias, padding=(0, 1, 1)).permute(0, 2, 3, 4, 1)
+
+
+def conv_down(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A 3x3 convolution of stride 2 over zeros to the right and below: ``(b, t, h, w, c)`` -> ``(b, t, h/2, w/2, o)``."""
+    b, t = x.shape[:2]
+    flat = F.pad(x.flatten(0, 1), (0, 0, 0, 1, 0, 1)).permute(0, 3, 1, 2)  # (b*t, c, h+1, w+1)
+    return F.conv2d(flat, weight, bias, stride=2).permute(0, 2, 3, 1).unflatten(0, (b, t))
+
+
+def silu_(x: Tensor) -> Tensor:
+    """SiLU, in place where no gradients are recorded."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+def add_(x: Tensor, y: Tensor) -> Tensor:
+    """The sum, into ``x`` where no gradients are recorded."""
+    return x + y if torch.is_grad_enabled() else x.add_(y)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """One head of softmax attention; ``(n, tokens, c)`` each."""
+    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], attn_mask=mask)[:, 0]
+
+
+def slices(t: int, frame: int, first: int, step: int) -> list[int]:
+    """Lengths of the parts in which a network is run over ``t`` frames, so that memory stays bounded.
+
+    Args:
+        frame: values of one frame.
+        first: the first part has this many frames more than a multiple of ``step``; 0 in a stream that goes on.
+        step: every other part is a multiple of this.
+    """
+    if torch.is_grad_enabled():
+        return [t]
+    n = max(_SLICE // frame // step, 1) * step
+    sizes = [min(t, first + n - step)] if first else []
+    while (rest := t - sum(sizes)) > 0:
+        sizes.append(min(n, rest))
+    return sizes
+
+
+_SLICE = 1 << 23  # values of an activation at a time
