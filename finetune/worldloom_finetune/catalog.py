@@ -27,4 +27,9 @@ RECIPES = {
         "summary": "Small, fast decoder of a tokenizer's latents, distilled from it.",
         "defaults": "recipes/preview-decoder.toml",
     },
+    "latent-actions": {
+        "target": "worldloom_finetune.latent_actions:LatentActionJob",
+        "summary": "Latent action model on clips: actions found in video without labels.",
+        "defaults": "recipes/latent-actions.toml",
+    },
 }

@@ -161,7 +161,8 @@ class LatentActionModel(nn.Module):
     def predict(self, video: Tensor, actions: Tensor) -> Tensor:
         """The next frame after each frame: ``(b, 3, T, H, W)`` and int ``(b, T)`` -> ``(b, 3, T, H, W)``.
 
-        Frame t of the result is made from ``actions[:, t]`` and frames up to t of `video`, as far back as the model looks.
+        Frame t of the result is made from ``actions[:, t]`` and frames up to t of `video`, as far back as the model
+        looks.
         """
         self.check_video(video, 1)
         self._check_actions(actions, (len(video), video.shape[2]))

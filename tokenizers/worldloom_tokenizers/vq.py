@@ -22,8 +22,8 @@ class Quantized(NamedTuple):
     """What `VectorQuantizer` makes of vectors ``(n, d)``."""
 
     codes: Tensor
-    """``(n, d)``: the nearest codes, of unit length (in training, some vectors as they were); their gradient goes to the
-    vectors unchanged."""
+    """``(n, d)``: the nearest codes, of unit length, or in training some vectors as they were; their gradient goes to
+    the vectors unchanged."""
     indices: Tensor
     """int64 ``(n,)``."""
     loss: Tensor
