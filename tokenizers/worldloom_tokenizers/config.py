@@ -49,6 +49,45 @@ class CausalVAEConfig:
 
 
 @dataclass(frozen=True)
+class ViTConfig:
+    """The causal transformer tokenizer: 16 x 16 pixels of a frame become one latent vector."""
+
+    latent_channels: int = 32
+    """Channels of a latent vector."""
+    temporal_ratio: int = 1
+    """Frames in a latent frame, except the first, which holds one."""
+    spatial_ratio: int = 16
+    """Pixels along an edge of the cell that a latent vector stands for, a multiple of ``patch``."""
+    patch: int = 8
+    """Pixels along an edge of a patch, which is one token."""
+    width: int = 128
+    """Channels of a token."""
+    heads: int = 4
+    """Attention heads; ``width / heads`` is a multiple of 4."""
+    encoder_layers: int = 4
+    """Layers of the encoder."""
+    decoder_layers: int = 4
+    """Layers of the decoder."""
+    time_every: int = 4
+    """Every how many layers one attends along time, at least 2; the others attend within a frame."""
+    window: int = 8
+    """Latent frames that a layer along time sees, the present one and those before it."""
+    hidden: float = 0.9
+    """Largest share of a frame's patches that training hides from the encoder."""
+
+    def __post_init__(self) -> None:
+        sizes = (self.latent_channels, self.temporal_ratio, self.patch, self.heads, self.window)
+        if min(*sizes, self.encoder_layers, self.decoder_layers) < 1 or self.time_every < 2:
+            raise WorldloomError("sizes of a tokenizer are positive, and time_every is at least 2", got=self)
+        if self.width % (4 * self.heads):
+            raise WorldloomError("width must be a multiple of 4 times heads", got=(self.width, self.heads))
+        if self.spatial_ratio < 1 or self.spatial_ratio % self.patch:
+            raise WorldloomError("spatial_ratio must be a multiple of patch", got=(self.spatial_ratio, self.patch))
+        if not 0 <= self.hidden < 1:
+            raise WorldloomError("hidden is a share of at least 0 and less than 1", got=self.hidden)
+
+
+@dataclass(frozen=True)
 class PreviewConfig:
     """A decoder for previews: small, for the latents of one tokenizer. Its first three fields are that tokenizer's."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from worldloom_tokenizers.config import CausalVAEConfig
+from worldloom_tokenizers.config import CausalVAEConfig, ViTConfig
 
 
 def causal_vae_nano() -> CausalVAEConfig:
@@ -18,8 +18,14 @@ def causal_vae_nano_fsq() -> CausalVAEConfig:
     return CausalVAEConfig(levels=(8, 5, 5, 5))
 
 
+def vit_nano() -> ViTConfig:
+    """Continuous, 1x16x16, 32 channels: a transformer trained as a masked autoencoder; trains on two CPU cores."""
+    return ViTConfig()
+
+
 PRESETS: dict[str, Callable[[], Any]] = {
     "causal-vae/nano": causal_vae_nano,
     "causal-vae/nano-fsq": causal_vae_nano_fsq,
+    "vit/nano": vit_nano,
 }
 """What ``worldloom finetune tokenizer --model`` takes besides checkpoints: kind/name -> its configuration."""
