@@ -32,6 +32,14 @@ def stir(module: torch.nn.Module, seed: int) -> None:
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
 
 
+def scatter(module: torch.nn.Module, seed: int) -> None:
+    """Weights at which no layer is dead and nothing explodes."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in module.parameters():
+        spread = 0.5 if p.numel() == p.shape[0] else p[0].numel() ** -0.5
+        p.data.copy_(spread * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+
+
 def tokenizer(seed: int = 0, config: CausalVAEConfig = VAE) -> CausalVAE:
     """A tokenizer in memory."""
     torch.manual_seed(seed)

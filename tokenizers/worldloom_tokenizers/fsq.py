@@ -23,10 +23,10 @@ def check_levels(levels: Sequence[int]) -> None:
     """Refuse levels that make no code.
 
     Raises:
-        WorldloomError: fewer than two levels in a channel, or more codes than an int32 counts.
+        WorldloomError: fewer than three levels in a channel, or more codes than an int32 counts.
     """
-    if not levels or min(levels) < 2 or math.prod(levels) >= 2**31:
-        raise WorldloomError("FSQ needs at least two levels per channel and fewer than 2^31 codes", got=tuple(levels))
+    if not levels or min(levels) < 3 or math.prod(levels) >= 2**31:
+        raise WorldloomError("FSQ needs at least three levels per channel and fewer than 2^31 codes", got=tuple(levels))
 
 
 def _per_channel(levels: Sequence[int], like: Tensor, dim: int) -> Tensor:

@@ -1,9 +1,10 @@
 """Causal convolutions and norms that the Cosmos and Wan tokenizers are made of, on channels-last videos.
 
 Released checkpoints keep kernels as ``(o, c, k, h, w)``; here activations are ``(b, t, h, w, c)``, so that norms over
-channels and products with 1x1 kernels run over contiguous memory. What is computed is the same; how, depends on the size:
-3x3 kernels go through `winograd` on a CPU where that is faster, taps in time that would only meet zeros are skipped, and
-enlarging twice before a convolution is folded into it. With gradients, and on other devices, torch's own convolutions run.
+channels and products with 1x1 kernels run over contiguous memory. What is computed is the same; how, depends on the
+size: 3x3 kernels go through `winograd` on a CPU where that is faster, taps in time that would only meet zeros are
+skipped, and enlarging twice before a convolution is folded into it. With gradients, and on other devices, torch's own
+convolutions run.
 
 Letters: b batch, t frames, h w size, c o channels, k taps in time.
 """
@@ -106,7 +107,7 @@ def conv3x3(frames: Tensor, weight: Tensor, bias: Tensor | None, t: int, *, enla
 
 
 def conv_down(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A 3x3 convolution of stride 2 over zeros to the right and below: ``(b, t, h, w, c)`` -> ``(b, t, h/2, w/2, o)``."""
+    """A 3x3 convolution of stride 2, zeros to the right and below: ``(b, t, h, w, c)`` -> ``(b, t, h/2, w/2, o)``."""
     b, t = x.shape[:2]
     flat = F.pad(x.flatten(0, 1), (0, 0, 0, 1, 0, 1)).permute(0, 3, 1, 2)  # (b*t, c, h+1, w+1)
     return F.conv2d(flat, weight, bias, stride=2).permute(0, 2, 3, 1).unflatten(0, (b, t))

@@ -1,7 +1,8 @@
 """Weights in the layouts that others publish: renamed by one table, nothing left over, nothing missing.
 
-A family's ``checkpoint.py`` gives the table for a configuration: the prefix of each of our modules that has weights, and
-its prefix in each layout. Both directions come from it, so a state dict that goes out and comes back is bit-equal.
+A family's ``checkpoint.py`` gives the table for a configuration: the prefix of each of our modules that has weights,
+and its prefix in each layout. Both directions come from it, so a state dict that goes out and comes back is
+bit-equal.
 """
 
 from __future__ import annotations

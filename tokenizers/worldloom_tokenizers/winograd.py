@@ -1,14 +1,14 @@
 """3x3 convolutions by Winograd's minimal filtering F(4x4, 3x3) (Lavin and Gray 2016, arXiv:1509.09308, section 4).
 
-A tile of 4x4 outputs takes 36 multiplications for each pair of channels where the direct sum takes 144. Here a tile's 36
-values become 36 matrix products over channels, and the taps of a kernel that is also 3 long in time add up in them, so
-the transforms, which are themselves small matrix products, are paid once per frame. On CPUs, where torch's convolutions
-are direct, that is about twice as fast from 96 channels on (benchmarks/tokenizers.py).
+A tile of 4x4 outputs takes 36 multiplications for each pair of channels where the direct sum takes 144. Here a tile's
+36 values become 36 matrix products over channels, and the taps of a kernel that is also 3 long in time add up in
+them, so the transforms, which are themselves small matrix products, are paid once per frame. On CPUs, where torch's
+convolutions are direct, that is about twice as fast from 96 channels on (benchmarks/tokenizers.py).
 
 In float32 the rounding error is about 1e-5 of the largest output, ten times that of a direct sum.
 
-Letters: b batch, T frames given, t frames made, h w size, c o channels, k taps in time, n tiles. Tensors are channels-last:
-``(b, t, h, w, c)``.
+Letters: b batch, T frames given, t frames made, h w size, c o channels, k taps in time, n tiles. Tensors are
+channels-last: ``(b, t, h, w, c)``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _NEAREST = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0]
 
 @lru_cache(maxsize=8)
 def _matrices(enlarge: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Transforms of a tile's rows and columns at once: input ``(36, 36 or 16)``, kernel ``(36, 9)``, output ``(16, 36)``."""
+    """Transforms of a tile's rows and columns at once: input ``(36, 36 or 16)``, kernel ``(36, 9)``, output."""
     rows = torch.tensor(_INPUT, dtype=torch.float64)
     if enlarge:
         rows = rows @ torch.tensor(_NEAREST, dtype=torch.float64)
@@ -49,7 +49,7 @@ def _matrices(enlarge: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor
 
 def worthwhile(tiles: int, channels_in: int, channels_out: int) -> bool:
     """Whether this is faster than a direct convolution; ``tiles`` counts 4x4 outputs of all frames."""
-    return min(channels_in, channels_out) >= 64 and tiles >= 32
+    return min(channels_in, channels_out) >= 64 and tiles >= 256
 
 
 def conv3x3(frames: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, *, enlarge: bool = False) -> Tensor:

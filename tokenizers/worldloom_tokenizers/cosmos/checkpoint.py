@@ -1,21 +1,29 @@
 """Released layouts of Cosmos-Tokenizer, as one table of names; read in Cosmos-Tokenizer (``modules/layers*d.py``).
 
-``native`` is NVIDIA's (``autoencoder.jit``, ``model.pt``), ``diffusers`` is AutoencoderKLCosmos's, which has the continuous
-video tokenizers only. The native video networks also carry convolutions of ways that neither halve nor double, which nothing
-uses: they are tolerated, named exactly, and written as zeros, so that the native code loads what is written.
+``native`` is NVIDIA's (``autoencoder.jit``, ``model.pt``), ``diffusers`` is AutoencoderKLCosmos's, which has the
+continuous video tokenizers only. The native video networks also carry convolutions of ways that neither halve nor
+double, which nothing uses: they are tolerated, named exactly, and written as zeros, so that the native code loads
+what is written.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from worldloom_tokenizers.codec import VideoCodec
 from worldloom_tokenizers.cosmos.config import CosmosConfig
 from worldloom_tokenizers.layouts import Layout, Names
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 LAYOUTS: tuple[Layout, ...] = ("native", "diffusers")
+
+
+def build(config: CosmosConfig) -> VideoCodec:
+    """The network of a configuration, with new weights."""
+    if config.image:
+        from worldloom_tokenizers.cosmos.image import CosmosImageTokenizer
+
+        return CosmosImageTokenizer(config)
+    from worldloom_tokenizers.cosmos.model import CosmosTokenizer
+
+    return CosmosTokenizer(config)
 
 
 def names(config: CosmosConfig) -> Names:
@@ -106,11 +114,6 @@ def unused(config: CosmosConfig) -> dict[str, tuple[int, ...]]:
                 found[f"{native}.conv{number}.conv3d.weight"] = (c, c, *kernels[way][number - 1])
                 found[f"{native}.conv{number}.conv3d.bias"] = (c,)
     return found
-
-
-def unused_weights(config: CosmosConfig, like: Tensor) -> dict[str, Tensor]:
-    """Zeros for `unused`."""
-    return {key: like.new_zeros(shape) for key, shape in unused(config).items()}
 
 
 def _image_names(config: CosmosConfig) -> Names:

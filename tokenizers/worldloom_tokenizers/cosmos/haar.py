@@ -1,7 +1,7 @@
 """Haar wavelets as Cosmos-Tokenizer cuts patches: each level halves the axes and leaves sums and differences.
 
-A level applied to ``(..., c)`` gives bands times channels, the channels fastest; the next level takes all of them. Values are
-scaled so that the lowest band is the mean of the patch.
+A level applied to ``(..., c)`` gives bands times channels, the channels fastest; the next level takes all of them.
+Values are scaled so that the lowest band is the mean of the patch.
 
 Letters: b batch, t h w positions, c channels. Tensors are channels-last.
 """

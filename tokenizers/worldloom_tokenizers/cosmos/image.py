@@ -1,4 +1,5 @@
-"""Cosmos-Tokenizer for images: Haar patches, 2-D residual blocks, attention in the middle. Frames are encoded one by one.
+"""Cosmos-Tokenizer for images: Haar patches, 2-D residual blocks, attention in the middle. Frames are encoded one by
+one.
 
 Letters: b batch, t frames, h w size at the layer, c o channels, H W pixels.
 Inside, tensors are ``(b, t, h, w, c)``, as in the video tokenizer; nothing here looks along t.
@@ -6,7 +7,8 @@ Inside, tensors are ``(b, t, h, w, c)``, as in the video tokenizer; nothing here
 
 from __future__ import annotations
 
-import torch
+import itertools
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -108,7 +110,7 @@ class Network(nn.Module):
         self.conv_in = Conv(z if decoder else pixels, widths[0])
         self.stages = nn.ModuleList(
             Stage(c, o, config.blocks + decoder, g, (1 if decoder else -1) if i < halvings else 0)
-            for i, (c, o) in enumerate(zip(widths[:-1], widths[1:], strict=True))
+            for i, (c, o) in enumerate(itertools.pairwise(widths))
         )
         self.middle = Middle(widths[0] if decoder else widths[-1], g)
         self.norm_out, self.conv_out = GroupNorm(g, widths[-1]), Conv(widths[-1], pixels if decoder else z)

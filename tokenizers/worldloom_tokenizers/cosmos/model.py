@@ -10,6 +10,7 @@ Inside, tensors are ``(b, t, h, w, c)``.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -196,7 +197,7 @@ class Encoder(nn.Module):
         self.conv_in = Conv(3 * config.patch**3, widths[0])
         self.stages = nn.ModuleList(
             Stage(c, o, config.blocks, Down(o, *plan[i]) if i < len(plan) and any(plan[i]) else None)
-            for i, (c, o) in enumerate(zip(widths[:-1], widths[1:], strict=True))
+            for i, (c, o) in enumerate(itertools.pairwise(widths))
         )
         self.middle = Middle(widths[-1])
         self.norm_out, self.conv_out = FrameNorm(widths[-1]), Conv(widths[-1], config.z_channels)
@@ -214,7 +215,7 @@ class Decoder(nn.Module):
         self.middle = Middle(widths[0])
         self.stages = nn.ModuleList(
             Stage(c, o, config.blocks + 1, Up(o, *plan[i]) if i < len(plan) and any(plan[i]) else None)
-            for i, (c, o) in enumerate(zip(widths[:-1], widths[1:], strict=True))
+            for i, (c, o) in enumerate(itertools.pairwise(widths))
         )
         self.norm_out, self.conv_out = FrameNorm(widths[-1]), Conv(widths[-1], 3 * config.patch**3)
 
@@ -225,9 +226,7 @@ class CosmosTokenizer(VideoCodec):
     def __init__(self, config: CosmosConfig | None = None) -> None:
         config = config or CosmosConfig()
         assert not config.image, "an image tokenizer is CosmosImageTokenizer"
-        super().__init__(
-            config, config.temporal_ratio, config.spatial_ratio, config.latent_channels, config.levels
-        )
+        super().__init__(config, config.temporal_ratio, config.spatial_ratio, config.latent_channels, config.levels)
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.quant = point(config.z_channels, config.latent_channels)
         self.post_quant = point(config.latent_channels, config.z_channels)

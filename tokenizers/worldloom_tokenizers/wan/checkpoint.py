@@ -30,9 +30,7 @@ def names(config: WanVAEConfig) -> Names:
         put(f"{side}.norm_out", f"{side}.head.0", f"{side}.norm_out")
         put(f"{side}.conv_out", f"{side}.head.2", f"{side}.conv_out")
         for i in (1, 2):
-            block(
-                f"{side}.middle.block_{i}", f"{side}.middle.{2 * i - 2}", f"{side}.mid_block.resnets.{i - 1}", False
-            )
+            block(f"{side}.middle.block_{i}", f"{side}.middle.{2 * i - 2}", f"{side}.mid_block.resnets.{i - 1}", False)
         for part in ("norm", "to_qkv", "proj"):
             put(f"{side}.middle.attention.{part}", f"{side}.middle.1.{part}", f"{side}.mid_block.attentions.0.{part}")
 
@@ -68,3 +66,8 @@ def names(config: WanVAEConfig) -> Names:
                 if temporal[i]:
                     put(f"{side}.stages.{i}.resample.time_conv", f"{native}.time_conv", f"{diffusers}.time_conv")
     return rows
+
+
+def unused(config: WanVAEConfig) -> dict[str, tuple[int, ...]]:
+    """Native keys of weights that no network uses: none here."""
+    return {}
