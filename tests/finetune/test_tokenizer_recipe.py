@@ -154,6 +154,17 @@ def test_the_perceptual_term_is_trained_on_and_saved_nowhere(clips: Path, tmp_pa
     assert summary["parameters"] == plain["parameters"]
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_term_trains_in_mixed_precision(name: str, clips: Path, tmp_path: Path) -> None:
+    settings = ("objective.temporal=0.2", "trainer.precision=bf16-mixed", "trainer.max_steps=2")
+    _train(
+        clips, tmp_path / "run", *FRAMES, *SMALL_DISCRIMINATOR, "objective.adversarial_start=0", *settings, model=name
+    )
+    weights = load_file(tmp_path / "run" / "checkpoints" / "step-00000002" / "weights.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert all(line["grad_norm"] > 0 and line["discriminator"] > 0 for line in _lines(tmp_path / "run"))
+
+
 def test_the_figures_of_codes_are_those_of_held_out_windows(clips: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     summary = _train(clips, out, *TINY, "trainer.export_dtype=float16", model="causal-vae/nano-fsq")

@@ -44,6 +44,14 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
     return torch.cat([one * cos - other * sin, one * sin + other * cos], dim=-1)
 
 
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square norm that keeps its input's dtype: under autocast weights are float32, activations are not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.weight is not None, "made with a weight"
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), 1e-6)
+
+
 class Attention(nn.Module):
     """Multi-head attention with normalised queries and keys (Henry et al. 2020) and rotary positions.
 
@@ -55,8 +63,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.window = heads, window
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_norm = nn.RMSNorm(width // heads, eps=1e-6)
-        self.k_norm = nn.RMSNorm(width // heads, eps=1e-6)
+        self.q_norm = RMSNorm(width // heads)
+        self.k_norm = RMSNorm(width // heads)
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, turn: Tensor | None, mask: Tensor | None, state: State | None) -> Tensor:
@@ -88,9 +96,9 @@ class Layer(nn.Module):
     def __init__(self, width: int, heads: int, window: int) -> None:
         super().__init__()
         hidden = -(-8 * width // 24) * 8  # 8/3 of the width, in eights: as many weights as a plain MLP of 4 widths has
-        self.attention_norm = nn.RMSNorm(width, eps=1e-6)
+        self.attention_norm = RMSNorm(width)
         self.attention = Attention(width, heads, window)
-        self.mlp_norm = nn.RMSNorm(width, eps=1e-6)
+        self.mlp_norm = RMSNorm(width)
         self.gate = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
 
@@ -115,7 +123,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(
             Layer(width, heads, window if number % every == 0 else 0) for number in range(1, layers + 1)
         )
-        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.norm = RMSNorm(width)
 
     def forward(self, x: Tensor, turn: Tensor, mask: Tensor, state: State | None) -> Tensor:
         for layer in self.layers:
