@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from worldloom.errors import WorldloomError
+from worldloom_tokenizers.evaluate_actions import actions_group
 
 _tokenizer = click.option(
     "--tokenizer", "name", default="loom-cv-nano", show_default=True, help="Catalog name or checkpoint folder."
@@ -233,3 +234,6 @@ def train(data: str, out: str, model: str, more: tuple[str, ...]) -> None:
     finetune: click.Command = registry.load("commands", "finetune")
     words = ["tokenizer", "--data", data, "--out", out, "--model", model, *more]
     finetune.main(words, prog_name="worldloom finetune", standalone_mode=False)
+
+
+tokenize.add_command(actions_group)
