@@ -28,6 +28,11 @@ from worldloom_tokenizers.codec import VideoCodec
 
 KINDS = {
     "causal-vae": ("worldloom_tokenizers.config:CausalVAEConfig", "worldloom_tokenizers.causal_vae:CausalVAE"),
+    "cosmos": (
+        "worldloom_tokenizers.cosmos.config:CosmosConfig",
+        "worldloom_tokenizers.cosmos.checkpoint:build",
+    ),
+    "wan": ("worldloom_tokenizers.wan.config:WanVAEConfig", "worldloom_tokenizers.wan.model:WanVAE"),
     "vit": ("worldloom_tokenizers.config:ViTConfig", "worldloom_tokenizers.vit:CausalViT"),
 }
 """Kind -> the class of its configuration and the `VideoCodec` that is built from one; imported when it is used."""

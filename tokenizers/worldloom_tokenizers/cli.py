@@ -237,3 +237,34 @@ def train(data: str, out: str, model: str, more: tuple[str, ...]) -> None:
 
 
 tokenize.add_command(actions_group)
+
+
+@tokenize.command("import")
+@click.argument("source", type=click.Path(exists=True))
+@click.option("--variant", required=True, help="Which published tokenizer it is, e.g. cosmos-cv8x8x8 or wan2.1.")
+@click.option("--out", required=True, type=_folder, help="Folder of the tokenizer.")
+def import_(source: str, variant: str, out: str) -> None:
+    """Make a tokenizer folder of SOURCE, the published weights of Cosmos-Tokenizer or of a Wan autoencoder.
+
+    SOURCE is a safetensors file, or a folder with one, in the native or the diffusers layout. Pickled files and
+    TorchScript archives are converted first: worldloom models convert.
+    """
+    from worldloom_tokenizers.released import import_released
+
+    model = import_released(source, variant, out)
+    parameters = sum(p.numel() for p in model.parameters())
+    click.echo(f"{variant}, {parameters / 1e6:.1f} M parameters: {out}")
+
+
+@tokenize.command("export")
+@click.argument("tokenizer")
+@click.option(
+    "--layout", type=click.Choice(["native", "diffusers"]), required=True, help="Whose names the weights get."
+)
+@click.option("--out", required=True, type=click.Path(dir_okay=False), help="The safetensors file.")
+def export(tokenizer: str, layout: str, out: str) -> None:
+    """Write the weights of TOKENIZER, a folder of a published kind, as others publish them."""
+    from worldloom_tokenizers.checkpoint import load_tokenizer
+    from worldloom_tokenizers.released import export_released
+
+    click.echo(export_released(load_tokenizer(tokenizer), out, layout))  # pyright: ignore[reportArgumentType]

@@ -37,7 +37,7 @@ def _video_names(config: CosmosConfig) -> Names:
     rows: Names = {}
 
     def put(ours: str, native: str, diffusers: str) -> None:
-        rows[ours] = {"native": native, "diffusers": diffusers}
+        rows[ours] = {"native": native} if config.levels else {"native": native, "diffusers": diffusers}
 
     def conv(ours: str, native: str, diffusers: str) -> None:
         put(f"{ours}.space", f"{native}.0.conv3d", f"{diffusers}.conv_s")
