@@ -133,7 +133,7 @@ class LatentActionConfig:
     bypass: float = 0.8
     """Share of the pairs of a training batch whose code is not quantised, so that the encoder is taught by gradients
     that no rounding bends."""
-    balance: float = 0.1
+    balance: float = 0.02
     """Weight of the term that spreads the pairs over the codes."""
     codebook_weight: float = 0.01
     """Weight of the codebook's loss against the prediction error."""

@@ -54,7 +54,8 @@ def listed(problems: list[str] | None = None) -> list[ListedTokenizer]:
         line = registry.group("tokenizers").entries[model.name][0]
         network, codec = None, None
         try:
-            network, codec = _network(model.folder)
+            if "kind" not in line.meta:  # what names its kind is no video tokenizer
+                network, codec = _network(model.folder)
         except WorldloomError as error:
             if problems is not None:
                 problems.append(f"{model.name}: {error.what}")
