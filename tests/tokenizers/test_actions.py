@@ -54,7 +54,7 @@ def test_bins_bring_numbers_back_within_half_a_bin(actions: Tensor, bins: int, s
         torch.testing.assert_close(codec.error_bound(), width / 2, rtol=1e-9, atol=1e-9)
 
 
-@given(actions=table(4), levels=st.lists(st.integers(2, 40), min_size=1, max_size=2))
+@given(actions=table(4), levels=st.lists(st.integers(3, 40), min_size=1, max_size=2))
 def test_fsq_brings_numbers_back_within_half_a_step(actions: Tensor, levels: list[int]) -> None:
     codec = ActionCodec.fsq(actions, levels)
     assert codec.tokens == 4 // len(levels)
@@ -234,7 +234,7 @@ def test_impossible_tokenizers_are_refused() -> None:
     for make, what in (
         (lambda: ActionCodec.binned(some, 1), "at least two bins"),
         (lambda: ActionCodec.fsq(some, (4, 4)), "as many columns as there are levels"),
-        (lambda: ActionCodec.fsq(some, (1,)), "two levels"),
+        (lambda: ActionCodec.fsq(some, (1,)), "levels per channel"),
         (lambda: ActionCodec.fsq(some, (4,), scaling="linear"), "odd levels"),
         (lambda: ActionCodec.binned(some, quantiles=(0.9, 0.1)), "quantiles"),
         (lambda: ActionCodec.binned(some[:0]), "is fitted to actions"),

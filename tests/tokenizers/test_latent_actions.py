@@ -54,7 +54,7 @@ def learnt() -> LatentActionModel:
     made, generator = LatentActionModel(TINY), torch.Generator().manual_seed(0)
     made.initialise(pairs[:256])
     optimizer = torch.optim.AdamW(made.parameters(), 3e-3, betas=(0.9, 0.99))
-    for _ in range(400):
+    for _ in range(300):
         chosen = torch.randint(len(pairs), (32,), generator=generator)
         loss, _ = made.loss(pairs[chosen], generator)
         optimizer.zero_grad()

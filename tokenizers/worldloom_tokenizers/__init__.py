@@ -7,20 +7,32 @@ from typing import TYPE_CHECKING
 from worldloom.lazy import exports
 
 if TYPE_CHECKING:
+    from worldloom_tokenizers.actions import ActionCodec
     from worldloom_tokenizers.causal_vae import CausalVAE
     from worldloom_tokenizers.checkpoint import load_tokenizer
     from worldloom_tokenizers.config import CausalVAEConfig
     from worldloom_tokenizers.encode import encode_dataset
+    from worldloom_tokenizers.latent_actions import load_latent_actions
     from worldloom_tokenizers.semantic import load_semantic
 
-__all__ = ["CausalVAE", "CausalVAEConfig", "encode_dataset", "load_semantic", "load_tokenizer"]
+__all__ = [
+    "ActionCodec",
+    "CausalVAE",
+    "CausalVAEConfig",
+    "encode_dataset",
+    "load_latent_actions",
+    "load_semantic",
+    "load_tokenizer",
+]
 
 __getattr__ = exports(
     __name__,
     {
+        "ActionCodec": "worldloom_tokenizers.actions",
         "CausalVAE": "worldloom_tokenizers.causal_vae",
         "CausalVAEConfig": "worldloom_tokenizers.config",
         "encode_dataset": "worldloom_tokenizers.encode",
+        "load_latent_actions": "worldloom_tokenizers.latent_actions",
         "load_semantic": "worldloom_tokenizers.semantic",
         "load_tokenizer": "worldloom_tokenizers.checkpoint",
     },
