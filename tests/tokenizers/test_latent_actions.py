@@ -13,6 +13,7 @@ import pytest
 import tiny_models
 import torch
 from click.testing import CliRunner
+from finetune_runs import make_clips
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import normalized_mutual_info_score
@@ -323,7 +324,18 @@ def test_evaluation_of_a_dataset(learnt: LatentActionModel, tmp_path: Path) -> N
     assert result.controllability > 3
     assert result.psnr > result.psnr_still + 5
     save(learnt, tmp_path / "lam", "# a card\n", torch.float32)
-    words = ["tokenize", "actions", "eval", str(data), "--model", str(tmp_path / "lam"), "--out", str(tmp_path / "out")]
+    words = [
+        "tokenize",
+        "actions",
+        "eval",
+        str(data),
+        "--model",
+        str(tmp_path / "lam"),
+        "--out",
+        str(tmp_path / "out"),
+        "--size",
+        "16",
+    ]
     shown = CliRunner().invoke(main, words, catch_exceptions=False)
     assert shown.exit_code == 0
     assert f"{result.purity:.3f}" in shown.output
@@ -335,7 +347,8 @@ def test_evaluation_of_a_dataset(learnt: LatentActionModel, tmp_path: Path) -> N
 
 
 def test_data_without_discrete_actions_cannot_be_compared_with(tmp_path: Path) -> None:
-    names = None
-    tiny_models.clips(tmp_path / "none", lengths=(5,), names=names)
+    tiny_models.clips(tmp_path / "none", lengths=(5,), names=None)
     with pytest.raises(WorldloomError, match="no actions"):
         evaluate(model(), tmp_path / "none")
+    with pytest.raises(WorldloomError, match="stored one-hot"):
+        evaluate(model(), make_clips(tmp_path / "continuous"))

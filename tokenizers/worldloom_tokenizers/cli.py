@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import click
 
 from worldloom.errors import WorldloomError
 from worldloom_tokenizers.evaluate_actions import actions_group
+from worldloom_tokenizers.options import Size
 
 _tokenizer = click.option(
     "--tokenizer", "name", default="loom-cv-nano", show_default=True, help="Catalog name or checkpoint folder."
@@ -17,23 +17,6 @@ _tokenizer = click.option(
 _device = click.option("--device", default="cpu", show_default=True, help="Where it runs, e.g. cuda.")
 _folder = click.Path(file_okay=False)
 _positive = click.IntRange(min=1)
-
-
-class Size(click.ParamType):
-    """``64`` or ``64x96``: height, or height x width."""
-
-    name = "H[xW]"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, int] | object:
-        """Text to (height, width)."""
-        if not isinstance(value, str):
-            return value
-        found = re.fullmatch(r"(\d+)(?:x(\d+))?", value)
-        if found is None:
-            self.fail(f"{value!r} is not a size such as 64 or 64x96", param, ctx)
-        return int(found[1]), int(found[2] or found[1])
 
 
 @click.group()

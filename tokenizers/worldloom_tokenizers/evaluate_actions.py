@@ -24,6 +24,7 @@ from worldloom import media
 from worldloom.artifacts import atomic_write, code_version
 from worldloom.errors import WorldloomError
 from worldloom.shards import Dataset, open_dataset
+from worldloom_tokenizers.options import Size
 
 if TYPE_CHECKING:
     from worldloom_tokenizers.latent_actions import LatentActionModel
@@ -63,6 +64,8 @@ class ActionsEval:
     """Name and fingerprint."""
     dataset: dict[str, Any]
     """Folder and id."""
+    size: tuple[int, int] | None
+    """(height, width) that frames were cropped and resized to."""
 
     @property
     def controllability(self) -> float:
@@ -111,7 +114,7 @@ def evaluate(
         progress: called with (clips done, clips in all).
 
     Raises:
-        WorldloomError: no clips, no actions, or actions that are not one-hot.
+        WorldloomError: no clips, no actions, actions that are not one-hot, or of several environments.
     """
     import torch
 
@@ -125,6 +128,8 @@ def evaluate(
     width, names = 0, ()
     for done, sample in enumerate(dataset):
         actions = _one_hot(sample.arrays.get("actions"), sample.clip.id)
+        if width not in (0, actions.shape[1]):
+            raise WorldloomError("the clips have different actions", got=f"{width} and {actions.shape[1]} of them")
         assert sample.video is not None, "clips have a video"
         video = media.to_tensor(media.read_frames(sample.video, size=size)[None]).to(device)
         found = model.infer(video)
@@ -158,6 +163,7 @@ def evaluate(
         episodes=len(dataset),
         model={"name": name, "fingerprint": model.fingerprint},
         dataset={"path": str(dataset.root), "id": dataset.index.id},
+        size=size,
     )
 
 
@@ -183,8 +189,9 @@ def actions_group() -> None:
 @click.argument("data", type=click.Path(exists=True, file_okay=False))
 @click.option("--model", "name", default="loom-lam-nano", show_default=True, help="Catalog name or checkpoint folder.")
 @click.option("--out", default="out/actions-eval", show_default=True, type=click.Path(file_okay=False), help="Folder.")
+@click.option("--size", type=Size(), default="64", show_default=True, help="Clips are cropped and resized to this.")
 @click.option("--device", default="cpu", show_default=True, help="Where it runs, e.g. cuda.")
-def eval_command(data: str, name: str, out: str, device: str) -> None:
+def eval_command(data: str, name: str, out: str, size: tuple[int, int], device: str) -> None:
     """Infer the latent actions of the episodes of DATA and compare them with the recorded ones."""
     from worldloom.loading import check_device
     from worldloom.progress import progress
@@ -193,7 +200,7 @@ def eval_command(data: str, name: str, out: str, device: str) -> None:
     check_device(device)
     model = load_latent_actions(name, device)
     with progress("inferring actions") as shown:
-        result = evaluate(model, data, name=name, progress=shown)
+        result = evaluate(model, data, name=name, size=size, progress=shown)
     summary = {**dataclasses.asdict(result), "controllability": result.controllability, "code_version": code_version()}
     atomic_write(Path(out) / "summary.json", json.dumps(summary, indent=1) + "\n")
     _print(result)
