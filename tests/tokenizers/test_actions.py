@@ -73,6 +73,16 @@ def test_linear_scaling_keeps_zero(actions: Tensor, half: int) -> None:
     assert torch.equal(codec.decode(codec.encode(zero)), zero)
 
 
+def test_batches_of_sequences_are_rows_of_sequences() -> None:
+    actions = torch.rand(3, 5, 4)
+    for codec in (ActionCodec.binned(actions), ActionCodec.fsq(actions, (5, 5))):
+        tokens = codec.encode(actions)
+        assert tokens.shape == (3, 5, codec.tokens)
+        assert torch.equal(tokens[1], codec.encode(actions[1]))
+        assert torch.equal(codec.decode(tokens)[1], codec.decode(tokens[1]))
+        check_round_trip(codec, actions)
+
+
 def test_uniform_bins_are_those_of_numpy() -> None:
     actions = torch.rand(500, 2, dtype=torch.float64) * 7 - 3
     codec = ActionCodec.binned(actions, 16)
