@@ -41,7 +41,7 @@ class VectorQuantizer(nn.Module):
             al. 2023, arXiv:2310.05737, section 3.2), which an early collapse of the choice to one code makes small.
         bypass: share of the vectors that training lets through as they are. What is behind the codebook then works on
             the whole sphere, its gradient moves vectors from one code's region into another's, and the codes follow to
-            where vectors gather; with few codes, straight-through gradients alone leave them where they began.
+            where vectors gather. Straight-through gradients, which know the codes only, do so slowly with few codes.
 
     Raises:
         WorldloomError: fewer than two codes or dimensions.
