@@ -97,8 +97,6 @@ class CausalVAE(VideoCodec):
     `set_statistics` at the end of training and saved with the weights.
     """
 
-    chunk = 8
-
     def __init__(self, config: CausalVAEConfig | None = None) -> None:
         config = config or CausalVAEConfig()
         super().__init__(config, config.temporal_ratio, config.spatial_ratio, config.latent_channels, config.levels)

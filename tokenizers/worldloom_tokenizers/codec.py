@@ -66,8 +66,8 @@ class VideoCodec(nn.Module):
 
     latent_mean: Tensor
     latent_std: Tensor
-    chunk: ClassVar[int] = 2
-    """Latent frames that are computed at a time where no gradients are recorded."""
+    pixels: ClassVar[int] = 1 << 19
+    """Pixels of video computed at a time where no gradients are recorded; one latent frame at least."""
     encode_reach: int = 0
     """How far `_to_features` sees to each side, in features."""
     decode_reach: int = 0
@@ -139,7 +139,7 @@ class VideoCodec(nn.Module):
         """``(b, 3, T, H, W)`` in [-1, 1], T = 1 + r k, H and W multiples of the spatial ratio -> ``(b, c, 1+k, h, w)``.
 
         Args:
-            chunk: latent frames computed at a time; the result is the same for each. Unset takes `VideoCodec.chunk`,
+            chunk: latent frames computed at a time; the result is the same for each. Unset goes by `VideoCodec.pixels`,
                 or the whole video where gradients are recorded (a chunk does not pass them to the one before it).
             pad: take a video of any T by repeating its last frame; ``decode(latents, frames=T)`` cuts it off again.
             tiling: cut frames into tiles.
@@ -151,6 +151,7 @@ class VideoCodec(nn.Module):
             video = self._pad(video)
         self._check_video(video, first=True)
         state: State = {}
+        chunk = chunk if chunk is not None else self._chunk(video.shape[3] * video.shape[4])
         parts = video.split(self._sizes(self.latent_frames(video.shape[2]), chunk, self.temporal_ratio), dim=2)
         return torch.cat([self._encode_part(part, state, tiling) for part in parts], dim=2)
 
@@ -166,6 +167,7 @@ class VideoCodec(nn.Module):
         """
         self._check_latents(latents)
         state: State = {}
+        chunk = chunk if chunk is not None else self._chunk(latents[0, 0, 0].numel() * self.spatial_ratio**2)
         parts = latents.split(self._sizes(latents.shape[2], chunk, 1), dim=2)
         video = torch.cat([self._decode_part(part, state, tiling) for part in parts], dim=2)
         if frames is not None and not 0 < frames <= video.shape[2]:
@@ -202,7 +204,7 @@ class VideoCodec(nn.Module):
         """Consecutive latent chunks of one video, of any number of latent frames; frames as they are ready."""
         state: State = {}
         for chunk in chunks:
-            for part in chunk.split(self.chunk, dim=2):
+            for part in chunk.split(self._chunk(chunk[0, 0, 0].numel() * self.spatial_ratio**2), dim=2):
                 yield self.decode_step(part, state)
 
     def latent_frames(self, frames: int) -> int:
@@ -316,11 +318,14 @@ class VideoCodec(nn.Module):
         assert height * scale == x.shape[-2]
         return torch.cat(strips, dim=-2)
 
-    def _sizes(self, t: int, chunk: int | None, ratio: int) -> list[int]:
+    def _chunk(self, pixels: int) -> int:
+        """Latent frames to compute at a time, of frames with so many pixels."""
+        return 1 << 30 if torch.is_grad_enabled() else max(1, self.pixels // (pixels * self.temporal_ratio))
+
+    def _sizes(self, t: int, chunk: int, ratio: int) -> list[int]:
         """Lengths of the parts of a sequence of ``t`` latent frames; ``ratio`` frames each but the first, one frame."""
-        if chunk is not None and chunk < 1:
+        if chunk < 1:
             raise WorldloomError("chunk is a positive number of latent frames", got=chunk)
-        chunk = chunk or (t if torch.is_grad_enabled() else self.chunk)
         counts = [min(chunk, t - start) for start in range(0, t, chunk)]
         return [1 + (counts[0] - 1) * ratio, *(count * ratio for count in counts[1:])]
 

@@ -80,22 +80,19 @@ def _add_at_end(y: Tensor, more: Tensor) -> Tensor:
     return y
 
 
-def conv3x3(frames: Tensor, weight: Tensor, bias: Tensor | None, t: int, *, enlarge: bool = False) -> Tensor:
+def conv3x3(frames: Tensor, weight: Tensor, bias: Tensor | None, t: int) -> Tensor:
     """The last ``t`` of the given frames, convolved as `winograd.conv3x3` says."""
     b, total, h, w, c = frames.shape
     o, _, taps = weight.shape[:3]
-    grown = 2 if enlarge else 1
-    tiles = b * t * -(-h * grown // 4) * -(-w * grown // 4)
     if (
         not torch.is_grad_enabled()
         and frames.device.type == "cpu"
         and frames.dtype in (torch.float32, torch.float64)
-        and winograd.worthwhile(tiles, c, o)
+        and total > 1  # the first frame alone meets one tap
+        and winograd.worthwhile(b * t * -(-h // 4) * -(-w // 4), min(c, o), taps)
     ):
-        return winograd.conv3x3(frames, weight, bias, t, enlarge=enlarge)
+        return winograd.conv3x3(frames, weight, bias, t)
     x = frames.permute(0, 4, 1, 2, 3)  # (b, c, T, h, w), channels-last in memory
-    if enlarge:
-        x = x.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
     if taps == 1 or total == 1:  # only the last tap sees a frame
         flat = x.transpose(1, 2).flatten(0, 1)  # (b*t, c, h, w)
         y = F.conv2d(flat, weight[:, :, -1], bias, padding=1)
@@ -106,11 +103,42 @@ def conv3x3(frames: Tensor, weight: Tensor, bias: Tensor | None, t: int, *, enla
     return F.conv3d(x, weight, bias, padding=(0, 1, 1)).permute(0, 2, 3, 4, 1)
 
 
+_ENLARGED = ([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]], [[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+"""For even and for odd rows of an enlarged image: which of a kernel's three rows meet the same row of the small one."""
+
+
+def enlarge3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Enlarge twice by repeating pixels, then a 3x3 convolution: ``(b, t, h, w, c)`` -> ``(b, t, 2h, 2w, o)``.
+
+    Nine taps on repeated pixels meet four pixels: each of the four places within an output pair is a 2x2 convolution of
+    the small image, whose taps are sums of the kernel's.
+    """
+    b, t, h, w, _ = x.shape
+    o = weight.shape[0]
+    sums = torch.tensor(_ENLARGED, dtype=weight.dtype, device=weight.device)  # (place, 2 taps, 3 taps)
+    kernels = torch.einsum("aip,bjq,ocpq->aboijc", sums, sums, weight).permute(0, 1, 2, 5, 3, 4)
+    flat = x.flatten(0, 1).permute(0, 3, 1, 2)  # (b*t, c, h, w)
+    made = x.new_empty(b * t, h, 2, w, 2, o)
+    for row in (0, 1):
+        for column in (0, 1):
+            y = F.conv2d(flat, kernels[row, column], bias, padding=1).permute(0, 2, 3, 1)
+            made[:, :, row, :, column] = y[:, row : row + h, column : column + w]
+    return made.view(b, t, 2 * h, 2 * w, o)
+
+
 def conv_down(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """A 3x3 convolution of stride 2, zeros to the right and below: ``(b, t, h, w, c)`` -> ``(b, t, h/2, w/2, o)``."""
     b, t = x.shape[:2]
     flat = F.pad(x.flatten(0, 1), (0, 0, 0, 1, 0, 1)).permute(0, 3, 1, 2)  # (b*t, c, h+1, w+1)
     return F.conv2d(flat, weight, bias, stride=2).permute(0, 2, 3, 1).unflatten(0, (b, t))
+
+
+def channels_last(module: nn.Module) -> None:
+    """Keep kernels as ``(o, k, h, w, c)`` in memory, as the activations are: none is copied at each call."""
+    for parameter in module.parameters():
+        if parameter.ndim in (4, 5):
+            form = torch.channels_last if parameter.ndim == 4 else torch.channels_last_3d
+            parameter.data = parameter.data.contiguous(memory_format=form)
 
 
 def silu_(x: Tensor) -> Tensor:

@@ -32,27 +32,25 @@ _INPUT = [
 _KERNEL = [[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6]]
 _KERNEL += [[1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]]
 _OUTPUT = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
-_NEAREST = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
-"""Six rows of an image enlarged twice, in terms of the four rows that they come from."""
 
 
-@lru_cache(maxsize=8)
-def _matrices(enlarge: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Transforms of a tile's rows and columns at once: input ``(36, 36 or 16)``, kernel ``(36, 9)``, output."""
-    rows = torch.tensor(_INPUT, dtype=torch.float64)
-    if enlarge:
-        rows = rows @ torch.tensor(_NEAREST, dtype=torch.float64)
-    kernel, output = torch.tensor(_KERNEL, dtype=torch.float64), torch.tensor(_OUTPUT, dtype=torch.float64)
-    found = [torch.kron(m, m).to(dtype).contiguous() for m in (rows, kernel, output)]
-    return found[0], found[1], found[2]
+@lru_cache(maxsize=4)
+def _matrices(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Transforms of a tile's rows and columns at once: input ``(36, 36)``, kernel ``(36, 9)``, output ``(16, 36)``."""
+    found = [torch.tensor(m, dtype=torch.float64) for m in (_INPUT, _KERNEL, _OUTPUT)]
+    rows, kernel, output = (torch.kron(m, m).to(dtype).contiguous() for m in found)
+    return rows, kernel, output
 
 
-def worthwhile(tiles: int, channels_in: int, channels_out: int) -> bool:
-    """Whether this is faster than a direct convolution; ``tiles`` counts 4x4 outputs of all frames."""
-    return min(channels_in, channels_out) >= 64 and tiles >= 256
+def worthwhile(tiles: int, channels: int, taps: int) -> bool:
+    """Whether this is faster than a direct convolution, as measured: ``tiles`` counts 4x4 outputs of all frames.
+
+    One tap in time leaves too little work between the transforms; few tiles leave the kernel's transform unpaid.
+    """
+    return taps > 1 and channels >= 64 and tiles >= 128
 
 
-def conv3x3(frames: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, *, enlarge: bool = False) -> Tensor:
+def conv3x3(frames: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
     """Convolve with zero padding of 1 in space, and causally in time.
 
     Args:
@@ -60,21 +58,20 @@ def conv3x3(frames: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, *
         weight: ``(o, c, k, 3, 3)``; the last tap in time sees the frame that is made.
         bias: ``(o,)``.
         outputs: make the last t of the T frames. Taps that reach before the first one given see zeros.
-        enlarge: enlarge the frames twice by repeating pixels before they are convolved, without doing so in memory.
 
     Returns:
-        ``(b, t, h, w, o)``, with ``enlarge`` of size 2h, 2w.
+        ``(b, t, h, w, o)``.
     """
     b, total, h, w, c = frames.shape
     o, _, taps, _, _ = weight.shape
-    into, of_kernel, out_of = _matrices(enlarge, frames.dtype)
-    size, step, grown = (4, 2, 2) if enlarge else (6, 4, 1)
-    rows, columns = -(-h * grown // _TILE), -(-w * grown // _TILE)
-    # (o, c, k, 3, 3) -> (36, k, c, o)
-    kernels = (of_kernel @ weight.permute(3, 4, 2, 1, 0).reshape(9, -1)).view(36, taps, c, o)
+    into, of_kernel, out_of = _matrices(frames.dtype)
+    size = _TILE + 2
+    rows, columns = -(-h // _TILE), -(-w // _TILE)
+    # (o, c, k, 3, 3), as a rule channels-last in memory -> (36, k, o, c), of which products take the transpose
+    kernels = (of_kernel @ weight.permute(3, 4, 2, 0, 1).reshape(9, -1)).view(36, taps, o, c).transpose(2, 3)
     result = frames.new_empty(b, outputs, rows * _TILE, columns * _TILE, o)
     tiled = result.view(b, outputs, rows, _TILE, columns, _TILE, o)
-    padded = frames.new_zeros(total, rows * step + size - step, columns * step + size - step, c)
+    padded = frames.new_zeros(total, rows * _TILE + 2, columns * _TILE + 2, c)
     strip = max(1, _STRIP // (36 * columns * max(c, o)))  # rows of tiles
     for row in range(b):
         padded[:, 1 : h + 1, 1 : w + 1] = frames[row]
@@ -86,8 +83,8 @@ def conv3x3(frames: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, *
             for frame in range(total):
                 tiles = padded[frame].as_strided(
                     (size, size, high, columns, c),
-                    (sy, sx, sy * step, sx * step, 1),
-                    padded[frame].storage_offset() + top * step * sy,
+                    (sy, sx, sy * _TILE, sx * _TILE, 1),
+                    padded[frame].storage_offset() + top * _TILE * sy,
                 )
                 past.append((into @ tiles.reshape(size * size, n * c)).view(36, n, c))
                 made = frame - (total - outputs)
@@ -103,4 +100,4 @@ def conv3x3(frames: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, *
                     target.copy_(values.permute(2, 0, 3, 1, 4))
                 else:
                     torch.add(values.permute(2, 0, 3, 1, 4), bias, out=target)
-    return result[:, :, : h * grown, : w * grown]
+    return result[:, :, :h, :w]

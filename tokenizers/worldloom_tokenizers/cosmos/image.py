@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from worldloom_tokenizers.codec import State, VideoCodec
 from worldloom_tokenizers.cosmos import haar
 from worldloom_tokenizers.cosmos.config import CosmosConfig
-from worldloom_tokenizers.layers import add_, attention, conv3x3, conv_down, silu_
+from worldloom_tokenizers.layers import add_, attention, channels_last, conv3x3, conv_down, enlarge3x3, silu_
 
 
 class GroupNorm(nn.GroupNorm):
@@ -41,7 +41,9 @@ class Conv(nn.Conv2d):
             return F.linear(input, self.weight.flatten(1), self.bias)
         if self.way < 0:
             return conv_down(input, self.weight, self.bias)
-        return conv3x3(input, self.weight[:, :, None], self.bias, input.shape[1], enlarge=self.way > 0)
+        if self.way > 0:
+            return enlarge3x3(input, self.weight, self.bias)
+        return conv3x3(input, self.weight[:, :, None], self.bias, input.shape[1])
 
 
 class Block(nn.Module):
@@ -125,6 +127,7 @@ class CosmosImageTokenizer(VideoCodec):
         self.encoder, self.decoder = Network(config, decoder=False), Network(config, decoder=True)
         self.quant = Conv(config.z_channels, config.latent_channels, 1)
         self.post_quant = Conv(config.latent_channels, config.z_channels, 1)
+        channels_last(self)
 
     def _to_features(self, video: Tensor, state: State | None) -> Tensor:
         x = self.encoder.conv_in(haar.forward(video.movedim(1, -1), self.config.patch, haar.IMAGE))

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from worldloom_tokenizers.codec import State, VideoCodec
 from worldloom_tokenizers.cosmos import haar
 from worldloom_tokenizers.cosmos.config import CosmosConfig
-from worldloom_tokenizers.layers import CausalConv, add_, attention, conv3x3, conv_down, silu_
+from worldloom_tokenizers.layers import CausalConv, add_, attention, channels_last, conv_down, enlarge3x3, silu_
 
 
 class FrameNorm(nn.Module):
@@ -153,10 +153,10 @@ class Up(nn.Module):
             x = x.repeat_interleave(2, dim=1)[:, int(first) :]  # the first frame stays one
             x = add_(self.conv1(x, state), x)
         if self.conv2 is not None:
-            y = conv3x3(x, self.conv2.weight, self.conv2.bias, x.shape[1], enlarge=True)
+            y = enlarge3x3(x, self.conv2.weight[:, :, 0], self.conv2.bias)
             b, t, h, w, c = x.shape
             repeated = x[:, :, :, None, :, None].expand(b, t, h, 2, w, 2, c)
-            x = add_(y.contiguous().view(b, t, h, 2, w, 2, c), repeated).view(b, t, 2 * h, 2 * w, c)
+            x = add_(y.view(b, t, h, 2, w, 2, c), repeated).view(b, t, 2 * h, 2 * w, c)
         return self.conv3(x, state)
 
 
@@ -231,6 +231,7 @@ class CosmosTokenizer(VideoCodec):
         self.quant = point(config.z_channels, config.latent_channels)
         self.post_quant = point(config.latent_channels, config.z_channels)
         self.encode_reach, self.decode_reach = _reach(config)
+        channels_last(self)
 
     def _to_features(self, video: Tensor, state: State | None) -> Tensor:
         if not state:  # frame 0 fills a patch of its own

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from worldloom_tokenizers.codec import State, VideoCodec
-from worldloom_tokenizers.layers import CausalConv, add_, attention, conv3x3, conv_down, silu_, slices
+from worldloom_tokenizers.layers import CausalConv, add_, attention, channels_last, conv_down, enlarge3x3, silu_, slices
 from worldloom_tokenizers.wan.config import WanVAEConfig
 
 
@@ -114,7 +114,7 @@ class Up(nn.Module):
                 y = self.time_conv(later, state).unflatten(-1, (2, -1))  # (b, t, h, w, 2, c)
                 y = y.movedim(4, 2).flatten(1, 2)  # (b, 2t, h, w, c)
                 x = torch.cat([x[:, :1], y], dim=1) if first else y
-        return conv3x3(x, self.conv.weight[:, :, None], self.conv.bias, x.shape[1], enlarge=True)
+        return enlarge3x3(x, self.conv.weight, self.conv.bias)
 
 
 class DownStage(nn.Module):
@@ -228,6 +228,8 @@ class Decoder(nn.Module):
 class WanVAE(VideoCodec):
     """The autoencoder; latents are the posterior's mean, normalised by the released statistics."""
 
+    pixels = 1 << 18
+
     def __init__(self, config: WanVAEConfig | None = None) -> None:
         config = config or WanVAEConfig()
         super().__init__(config, config.temporal_ratio, config.spatial_ratio, config.latent_channels)
@@ -236,6 +238,7 @@ class WanVAE(VideoCodec):
         self.quant, self.post_quant = CausalConv(2 * c, 2 * c, (1, 1, 1)), CausalConv(c, c, (1, 1, 1))
         self.set_statistics(torch.tensor(config.mean), torch.tensor(config.std))
         self.encode_reach, self.decode_reach = _reach(config)
+        channels_last(self)
 
     def _to_features(self, video: Tensor, state: State | None) -> Tensor:
         p = self.config.patch
