@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Python puts this folder first on its path, where this very file would be Hugging Face's package of the same name.
@@ -128,6 +128,27 @@ def prefix(model: str, size: int, pairs: int) -> dict[str, float]:
     return {"frames": frames, "total": total, "ours": part, "theirs": whole, "ratio": whole / part}
 
 
+@torch.inference_mode()
+def length(model: str, size: int, frames: int) -> dict[str, float]:
+    """Peak bytes of encoding a stream of frames that are made as they are asked for."""
+    from worldloom.memory import peak_memory
+
+    ours, theirs = networks(model)
+    del theirs
+    ratio = ours.temporal_ratio
+
+    def stream() -> Iterator[Tensor]:
+        for start in range(0, frames, ratio):
+            yield torch.rand(1, 3, 1 if start == 0 else ratio, size, size) * 2 - 1
+
+    ours.encode(torch.rand(1, 3, 1, 64, 64))
+    with peak_memory("cpu") as peak:
+        for latents in ours.stream_encode(stream()):
+            del latents
+    assert peak.bytes is not None, "this machine does not tell peak memory"
+    return {"bytes": float(peak.bytes)}
+
+
 def apart(task: str, **options: object) -> dict[str, float]:
     """Run one measurement in a process of its own."""
     words = [sys.executable, __file__, "--task", task, "--options", json.dumps(options)]
@@ -149,7 +170,7 @@ def main() -> None:
     parser.add_argument("--options", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.task:
-        tasks = {"measure": measure, "memory": memory, "prefix": prefix}
+        tasks = {"measure": measure, "memory": memory, "prefix": prefix, "length": length}
         print(json.dumps(tasks[args.task](**json.loads(args.options))))
         return
     import diffusers
@@ -182,6 +203,13 @@ def main() -> None:
             f"all {found['theirs']:.2f} s\nratio {model}-prefix: {found['ratio']:.1f} (time)",
             flush=True,
         )
+        if not args.quick:
+            short, long = (apart("length", model=model, size=sizes[-1], frames=n)["bytes"] / 2**20 for n in (33, 193))
+            print(
+                f"{model} peak memory of encoding a stream of {sizes[-1]}x{sizes[-1]}: 33 frames {short:.0f} MiB, 193 "
+                f"frames {long:.0f} MiB\nratio {model}-length: {long / short:.2f} (193 / 33 frames, lower is better)",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def finetune(
     name: str,
     help_config: bool,
 ) -> None:
-    """Train or fine-tune by a RECIPE, e.g. "world" or "tokenizer": whole, or by LoRA with --set lora.rank=8."""
+    """Train or fine-tune by a RECIPE ("world", "tokenizer", ...): whole, or by LoRA with --set lora.rank=8."""
     from worldloom_finetune import train
 
     given = {"trainer.devices": devices, "trainer.strategy": strategy, "trainer.zero_stage": zero}

@@ -10,17 +10,24 @@ if TYPE_CHECKING:
     from worldloom_tokenizers.actions import ActionCodec
     from worldloom_tokenizers.causal_vae import CausalVAE
     from worldloom_tokenizers.checkpoint import load_tokenizer
+    from worldloom_tokenizers.codec import Tiling, VideoCodec
     from worldloom_tokenizers.config import CausalVAEConfig
     from worldloom_tokenizers.encode import encode_dataset
     from worldloom_tokenizers.latent_actions import load_latent_actions
+    from worldloom_tokenizers.preview import load_preview
+    from worldloom_tokenizers.released import load_released
     from worldloom_tokenizers.semantic import load_semantic
 
 __all__ = [
     "ActionCodec",
     "CausalVAE",
     "CausalVAEConfig",
+    "Tiling",
+    "VideoCodec",
     "encode_dataset",
     "load_latent_actions",
+    "load_preview",
+    "load_released",
     "load_semantic",
     "load_tokenizer",
 ]
@@ -31,8 +38,12 @@ __getattr__ = exports(
         "ActionCodec": "worldloom_tokenizers.actions",
         "CausalVAE": "worldloom_tokenizers.causal_vae",
         "CausalVAEConfig": "worldloom_tokenizers.config",
+        "Tiling": "worldloom_tokenizers.codec",
+        "VideoCodec": "worldloom_tokenizers.codec",
         "encode_dataset": "worldloom_tokenizers.encode",
         "load_latent_actions": "worldloom_tokenizers.latent_actions",
+        "load_preview": "worldloom_tokenizers.preview",
+        "load_released": "worldloom_tokenizers.released",
         "load_semantic": "worldloom_tokenizers.semantic",
         "load_tokenizer": "worldloom_tokenizers.checkpoint",
     },
