@@ -122,7 +122,10 @@ def test_a_wrong_command_would_be_caught(line: str) -> None:
 # What reads the `--set key=value` of a verb.
 SETTINGS = {
     "curate run": "worldloom_curation.config:CurateConfig",
-    "finetune": "worldloom_finetune.config:FinetuneConfig",
+    "finetune world": "worldloom_finetune.world:WorldTraining",
+    "finetune tokenizer": "worldloom_finetune.tokenizer:TokenizerTraining",
+    "finetune preview-decoder": "worldloom_finetune.preview:PreviewTraining",
+    "finetune latent-actions": "worldloom_finetune.latent_actions:LatentActionTraining",
     "quickstart": "worldloom_finetune.quickstart:QuickstartConfig",
 }
 SETS = [
