@@ -24,6 +24,6 @@ MODELS = {
         "summary": "Interactive world model of a 3-D maze (ViZDoom), 64x64, stepped by actions.",
         "family": "predict",
         "path": "weights/loom-world-nano",
-        "sha256": "b18e37afca89f3b736ebbe6f310e26b22906fa8969731a22e2e5ac82a7fc56f5",
+        "sha256": "4bb8a33f49743c4a1a7a0673e3b5af28813905af2943be4251ec367f884f99fd",
     },
 }

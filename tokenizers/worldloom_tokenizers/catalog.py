@@ -12,7 +12,15 @@ TOKENIZERS = {
         "target": "worldloom_tokenizers.checkpoint:load",
         "summary": "Continuous causal autoencoder, 4x8x8, 16 channels; small enough for a CPU.",
         "path": "weights/loom-cv-nano",
-        "sha256": "845f597e4f9cd5dbcd0930a221f32bc69b57a407f18b157361b6645b64cdc0b4",
+        "sha256": "38633ad3d44e3f80e18df5a9774d48127d68c9549c4546646f2ea3578850e68e",
+        "preview": "weights/loom-cv-nano-preview",
+        "preview_sha256": "cc81751e4897f171669fb8695869365b1378d90be5ad0b3635da28ec63c79633",
+    },
+    "loom-dv-nano": {
+        "target": "worldloom_tokenizers.checkpoint:load",
+        "summary": "Discrete causal autoencoder, 4x8x8, 4 codes of 1000; small enough for a CPU.",
+        "path": "weights/loom-dv-nano",
+        "sha256": "b0e69c877ad2a096268206b37e497eafa9a1a3438029713190bdfacdd597e35b",
     },
     "loom-lam-nano": {
         "target": "worldloom_tokenizers.latent_actions:load",
