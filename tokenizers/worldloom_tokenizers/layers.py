@@ -47,12 +47,12 @@ class CausalConv(nn.Module):
         weight = self.weight.flatten(2)  # (o, c, k)
         if t == 1 and self.past == "first" and frames.shape[1] == 1 and taps > 1:
             weight = weight.sum(dim=2, keepdim=True)  # every tap sees the same frame
-        have = frames.shape[1] - t + 1  # taps that see a frame for every output
-        y = F.linear(frames[:, have - 1 :], weight[..., -1], self.bias)
+        first = frames.shape[1] - t  # the frame that the last tap sees for the first output
+        y = F.linear(frames[:, first:], weight[..., -1], self.bias)
         for back in range(1, weight.shape[2]):
-            seen = frames[:, max(have - 1 - back, 0) : frames.shape[1] - back]
+            seen = frames[:, max(first - back, 0) : frames.shape[1] - back]  # of fewer frames where taps see none
             if seen.shape[1]:
-                y = _add_at_end(y, F.linear(seen, weight[..., -1 - back]))
+                y = _add_product_at_end(y, seen, weight[..., -1 - back])
         return y
 
     def _with_past(self, x: Tensor, state: State | None) -> Tensor:
@@ -72,11 +72,12 @@ class CausalConv(nn.Module):
         return frames
 
 
-def _add_at_end(y: Tensor, more: Tensor) -> Tensor:
-    """``y`` with ``more`` added to its last frames."""
+def _add_product_at_end(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """``y`` with the products of ``x`` and ``weight`` added to its last frames."""
     if torch.is_grad_enabled():
-        return y + F.pad(more, (0, 0, 0, 0, 0, 0, y.shape[1] - more.shape[1], 0))
-    y[:, y.shape[1] - more.shape[1] :] += more
+        return y + F.pad(F.linear(x, weight), (0, 0, 0, 0, 0, 0, y.shape[1] - x.shape[1], 0))
+    for row in range(len(y)):  # frames of one video lie one behind the other
+        y[row, y.shape[1] - x.shape[1] :].flatten(0, 2).addmm_(x[row].flatten(0, 2), weight.T)
     return y
 
 

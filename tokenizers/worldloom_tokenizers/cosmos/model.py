@@ -31,9 +31,8 @@ class FrameNorm(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.ones(c)), nn.Parameter(torch.zeros(c))
 
     def forward(self, x: Tensor) -> Tensor:
-        variance, mean = torch.var_mean(x, dim=(2, 3, 4), correction=0, keepdim=True)
-        scale = torch.rsqrt(variance + 1e-6) * self.weight  # (b, t, 1, 1, c)
-        return torch.addcmul(self.bias - mean * scale, x, scale)
+        normed = F.layer_norm(x, x.shape[2:], eps=1e-6)
+        return torch.addcmul(self.bias, normed, self.weight)
 
 
 class Conv(nn.Module):
