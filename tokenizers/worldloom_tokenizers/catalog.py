@@ -20,7 +20,7 @@ TOKENIZERS = {
         "target": "worldloom_tokenizers.checkpoint:load",
         "summary": "Discrete causal autoencoder, 4x8x8, 4 codes of 1000; small enough for a CPU.",
         "path": "weights/loom-dv-nano",
-        "sha256": "b0e69c877ad2a096268206b37e497eafa9a1a3438029713190bdfacdd597e35b",
+        "sha256": "a956f70fa8a9bd9f47f64c1bb529ef6e85ab3675711e229ab3e45a3daa6aa999",
     },
     "loom-lam-nano": {
         "target": "worldloom_tokenizers.latent_actions:load",

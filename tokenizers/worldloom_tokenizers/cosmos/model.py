@@ -85,9 +85,9 @@ class Attention(nn.Module):
         # (b, t, h, w, c) -> (b*h*w, t, c)
         q, k, v = (part.flatten(2, 3).transpose(1, 2).reshape(b * h * w, t, c) for part in (q, k, v))
         if state is not None:
-            if self in state:
-                k, v = (torch.cat([old, new], dim=1) for old, new in zip(state[self], (k, v), strict=True))
-            state[self] = torch.stack([k, v]).detach()
+            both = torch.stack([k, v]).detach()
+            state[self] = torch.cat([state[self], both], dim=2) if self in state else both
+            k, v = state[self]
         total = k.shape[1]
         seen = torch.ones(t, total, dtype=torch.bool, device=x.device).tril(total - t)
         y = attention(q, k, v, seen).view(b, h * w, t, c).transpose(1, 2).reshape(x.shape)
@@ -221,6 +221,8 @@ class Decoder(nn.Module):
 
 class CosmosTokenizer(VideoCodec):
     """Continuous or discrete video tokenizer; the released continuous ones are plain autoencoders."""
+
+    pixels = 1 << 18
 
     def __init__(self, config: CosmosConfig | None = None) -> None:
         config = config or CosmosConfig()

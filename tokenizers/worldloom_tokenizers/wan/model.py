@@ -228,7 +228,7 @@ class Decoder(nn.Module):
 class WanVAE(VideoCodec):
     """The autoencoder; latents are the posterior's mean, normalised by the released statistics."""
 
-    pixels = 1 << 18
+    pixels = 1 << 16
 
     def __init__(self, config: WanVAEConfig | None = None) -> None:
         config = config or WanVAEConfig()
