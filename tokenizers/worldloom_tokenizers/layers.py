@@ -40,10 +40,11 @@ class CausalConv(nn.Module):
 
     def forward(self, x: Tensor, state: State | None) -> Tensor:
         """``(b, t, h, w, c)`` -> ``(b, t, h, w, o)``."""
-        taps, edge = self.weight.shape[2], self.weight.shape[3]
-        t, frames = x.shape[1], self._with_past(x, state)
-        if edge == 3:
-            return conv3x3(frames, self.weight, self.bias, t)
+        t, past = x.shape[1], self._past(x, state)
+        taps = self.weight.shape[2]
+        if self.weight.shape[3] == 3:
+            return conv3x3(past, x, self.weight, self.bias)
+        frames = x if past is None else torch.cat([past, x], dim=1)
         weight = self.weight.flatten(2)  # (o, c, k)
         if t == 1 and self.past == "first" and frames.shape[1] == 1 and taps > 1:
             weight = weight.sum(dim=2, keepdim=True)  # every tap sees the same frame
@@ -55,21 +56,22 @@ class CausalConv(nn.Module):
                 y = _add_product_at_end(y, seen, weight[..., -1 - back])
         return y
 
-    def _with_past(self, x: Tensor, state: State | None) -> Tensor:
-        """The frames that the taps need: what the state holds of the past, then ``x``; remembers the last of them."""
+    def _past(self, x: Tensor, state: State | None) -> Tensor | None:
+        """The frames before ``x`` that the taps need, as far as there are any; remembers those that ``x`` leaves."""
         taps = self.weight.shape[2]
         if taps == 1:
-            return x
+            return None
         past = state.get(self) if state is not None else None
         if past is None and self.past == "first" and x.shape[1] > 1:
             past = x[:, :1].expand(-1, taps - 1, -1, -1, -1)
-        frames = x if past is None else torch.cat([past, x], dim=1)
         if state is not None:
-            held = frames[:, -(taps - 1) :].detach()
-            if self.past == "first" and held.shape[1] < taps - 1:
+            held = x[:, -(taps - 1) :].detach()
+            if past is not None and held.shape[1] < taps - 1:
+                held = torch.cat([past[:, held.shape[1] - (taps - 1) :], held], dim=1)
+            elif self.past == "first" and held.shape[1] < taps - 1:
                 held = held.expand(-1, taps - 1, -1, -1, -1)
             state[self] = held.clone()  # a view would keep the whole chunk alive
-        return frames
+        return past
 
 
 def _add_product_at_end(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -81,27 +83,28 @@ def _add_product_at_end(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-def conv3x3(frames: Tensor, weight: Tensor, bias: Tensor | None, t: int) -> Tensor:
-    """The last ``t`` of the given frames, convolved as `winograd.conv3x3` says."""
-    b, total, h, w, c = frames.shape
+def conv3x3(past: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x (b, t, h, w, c)`` after ``past``, convolved as `winograd.conv3x3` says -> ``(b, t, h, w, o)``."""
+    b, t, h, w, c = x.shape
     o, _, taps = weight.shape[:3]
+    parts = [x] if past is None else [past, x]
+    total = sum(part.shape[1] for part in parts)
     if (
         not torch.is_grad_enabled()
-        and frames.device.type == "cpu"
-        and frames.dtype in (torch.float32, torch.float64)
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
         and total > 1  # the first frame alone meets one tap
         and winograd.worthwhile(b * t * -(-h // 4) * -(-w // 4), min(c, o), taps)
     ):
-        return winograd.conv3x3(frames, weight, bias, t)
-    x = frames.permute(0, 4, 1, 2, 3)  # (b, c, T, h, w), channels-last in memory
+        return winograd.conv3x3(parts, weight, bias, t)
     if taps == 1 or total == 1:  # only the last tap sees a frame
-        flat = x.transpose(1, 2).flatten(0, 1)  # (b*t, c, h, w)
-        y = F.conv2d(flat, weight[:, :, -1], bias, padding=1)
-        return y.unflatten(0, (b, total)).permute(0, 1, 3, 4, 2)
+        flat = x.flatten(0, 1).permute(0, 3, 1, 2)  # (b*t, c, h, w), channels-last in memory
+        return F.conv2d(flat, weight[:, :, -1], bias, padding=1).permute(0, 2, 3, 1).unflatten(0, (b, t))
+    frames = torch.cat(parts, dim=1).permute(0, 4, 1, 2, 3)  # (b, c, T, h, w), channels-last in memory
     missing = taps - 1 - (total - t)
     if missing:
-        x = F.pad(x, (0, 0, 0, 0, missing, 0))
-    return F.conv3d(x, weight, bias, padding=(0, 1, 1)).permute(0, 2, 3, 4, 1)
+        frames = F.pad(frames, (0, 0, 0, 0, missing, 0))
+    return F.conv3d(frames, weight, bias, padding=(0, 1, 1)).permute(0, 2, 3, 4, 1)
 
 
 _ENLARGED = ([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]], [[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
@@ -174,4 +177,4 @@ def slices(t: int, frame: int, first: int, step: int) -> list[int]:
     return sizes
 
 
-_SLICE = 1 << 23  # values of an activation at a time
+_SLICE = 1 << 22  # values of an activation at a time

@@ -13,6 +13,7 @@ channels-last: ``(b, t, h, w, c)``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -47,14 +48,14 @@ def worthwhile(tiles: int, channels: int, taps: int) -> bool:
 
     One tap in time leaves too little work between the transforms; few tiles leave the kernel's transform unpaid.
     """
-    return taps > 1 and channels >= 64 and tiles >= 128
+    return taps > 1 and channels >= 64 and tiles >= 256
 
 
-def conv3x3(frames: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+def conv3x3(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
     """Convolve with zero padding of 1 in space, and causally in time.
 
     Args:
-        frames: ``(b, T, h, w, c)``.
+        parts: ``(b, T, h, w, c)`` in consecutive parts, which are not copied together: a past and what follows it.
         weight: ``(o, c, k, 3, 3)``; the last tap in time sees the frame that is made.
         bias: ``(o,)``.
         outputs: make the last t of the T frames. Taps that reach before the first one given see zeros.
@@ -62,32 +63,32 @@ def conv3x3(frames: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -
     Returns:
         ``(b, t, h, w, o)``.
     """
-    b, total, h, w, c = frames.shape
+    frames = [frame for part in parts for frame in part.unbind(1)]  # of (b, h, w, c) each
+    b, h, w, c = frames[0].shape
     o, _, taps, _, _ = weight.shape
-    into, of_kernel, out_of = _matrices(frames.dtype)
+    into, of_kernel, out_of = _matrices(weight.dtype)
     size = _TILE + 2
     rows, columns = -(-h // _TILE), -(-w // _TILE)
     # (o, c, k, 3, 3), as a rule channels-last in memory -> (36, k, o, c), of which products take the transpose
     kernels = (of_kernel @ weight.permute(3, 4, 2, 0, 1).reshape(9, -1)).view(36, taps, o, c).transpose(2, 3)
-    result = frames.new_empty(b, outputs, rows * _TILE, columns * _TILE, o)
+    result = weight.new_empty(b, outputs, rows * _TILE, columns * _TILE, o)
     tiled = result.view(b, outputs, rows, _TILE, columns, _TILE, o)
-    padded = frames.new_zeros(total, rows * _TILE + 2, columns * _TILE + 2, c)
     strip = max(1, _STRIP // (36 * columns * max(c, o)))  # rows of tiles
     for row in range(b):
-        padded[:, 1 : h + 1, 1 : w + 1] = frames[row]
-        sy, sx = padded.stride(1), padded.stride(2)
         for top in range(0, rows, strip):
             high = min(strip, rows - top)
             n = high * columns
+            start = top * _TILE - 1  # the first row of pixels that the strip sees
+            seen = slice(max(start, 0), min(start + high * _TILE + 2, h))
+            padded = weight.new_zeros(high * _TILE + 2, columns * _TILE + 2, c)
+            inside = padded[seen.start - start : seen.stop - start, 1 : w + 1]
+            sy, sx = padded.stride(0), padded.stride(1)
+            tiles = padded.as_strided((size, size, high, columns, c), (sy, sx, sy * _TILE, sx * _TILE, 1))
             past: list[Tensor] = []
-            for frame in range(total):
-                tiles = padded[frame].as_strided(
-                    (size, size, high, columns, c),
-                    (sy, sx, sy * _TILE, sx * _TILE, 1),
-                    padded[frame].storage_offset() + top * _TILE * sy,
-                )
+            for number, frame in enumerate(frames):
+                inside.copy_(frame[row, seen])
                 past.append((into @ tiles.reshape(size * size, n * c)).view(36, n, c))
-                made = frame - (total - outputs)
+                made = number - (len(frames) - outputs)
                 if made < 0:
                     continue
                 past = past[-taps:]

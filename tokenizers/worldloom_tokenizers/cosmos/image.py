@@ -43,7 +43,7 @@ class Conv(nn.Conv2d):
             return conv_down(input, self.weight, self.bias)
         if self.way > 0:
             return enlarge3x3(input, self.weight, self.bias)
-        return conv3x3(input, self.weight[:, :, None], self.bias, input.shape[1])
+        return conv3x3(None, input, self.weight[:, :, None], self.bias)
 
 
 class Block(nn.Module):
