@@ -13,6 +13,8 @@ from worldloom.protocols import Generates, Steps, VideoTokenizer
 from worldloom.shards import open_dataset
 from worldloom_model_zoo.evaluate import TOKENIZER, EvalConfig, EvalResult, evaluate
 from worldloom_tokenizers import load_tokenizer
+from worldloom_tokenizers.evaluate import TokenizerEvalConfig
+from worldloom_tokenizers.evaluate import evaluate as evaluate_tokenizer
 
 SHIPPED = [(group, name) for group in ("tokenizers", "models") for name in registry.names(group)]
 
@@ -55,6 +57,15 @@ def test_they_have_the_capabilities_they_are_shipped_for() -> None:
 
 def test_the_tokenizer_reconstructs_unseen_episodes_at_28_db(result: EvalResult) -> None:
     assert result.psnr[TOKENIZER] >= 28
+
+
+def test_the_discrete_tokenizer_reconstructs_unseen_episodes_at_26_db(episodes: Path) -> None:
+    config = TokenizerEvalConfig(frames=17, size=(64, 64), clips=32, videos=0)
+    found = evaluate_tokenizer(load_tokenizer("loom-dv-nano"), episodes, config)
+    assert found.psnr >= 26
+    assert found.codes is not None
+    assert min(found.codes.usage) >= 0.25  # of a thousand each, by 40,960 codes of one environment
+    assert found.bits_per_pixel < 0.2
 
 
 def test_the_world_model_beats_repeating_the_last_frame_by_1_db(result: EvalResult) -> None:
