@@ -46,7 +46,7 @@ class CausalConv(nn.Module):
             return conv3x3(past, x, self.weight, self.bias)
         frames = x if past is None else torch.cat([past, x], dim=1)
         weight = self.weight.flatten(2)  # (o, c, k)
-        if t == 1 and self.past == "first" and frames.shape[1] == 1 and taps > 1:
+        if self.past == "first" and frames.shape[1] == 1 and taps > 1:
             weight = weight.sum(dim=2, keepdim=True)  # every tap sees the same frame
         first = frames.shape[1] - t  # the frame that the last tap sees for the first output
         y = F.linear(frames[:, first:], weight[..., -1], self.bias)

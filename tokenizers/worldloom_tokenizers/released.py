@@ -55,8 +55,7 @@ def load_released(path: str | Path, variant: str | Any, device: str = "cpu") -> 
 
     Raises:
         WorldloomError: unknown variant, a pickle (with the command that converts it), a damaged file, weights of
-        another
-            variant, or values that are not finite.
+            another variant, or values that are not finite.
     """
     from worldloom.weights import pickle_refused, read_weights
     from worldloom_tokenizers.checkpoint import build
@@ -82,8 +81,8 @@ def load_released(path: str | Path, variant: str | Any, device: str = "cpu") -> 
     return model.to(device).eval()
 
 
-def import_released(path: str | Path, variant: str, out: str | Path, dtype: Any = None) -> VideoCodec:
-    """Read published weights and write a tokenizer folder, all or nothing; float32 if ``dtype`` is unset."""
+def import_released(path: str | Path, variant: str, out: str | Path) -> VideoCodec:
+    """Read published weights and write a tokenizer folder in float32, all or nothing."""
     import torch
 
     from worldloom.artifacts import file_digest
@@ -96,7 +95,7 @@ def import_released(path: str | Path, variant: str, out: str | Path, dtype: Any 
         f"# {variant}\n\nWritten by `worldloom tokenize import` from `{source.name}`{digest}. "
         "Its authors' card and licence apply.\n"
     )
-    save(model, Path(out), card, dtype=dtype or torch.float32)
+    save(model, Path(out), card, dtype=torch.float32)
     return model
 
 
@@ -106,9 +105,8 @@ def export_released(model: VideoCodec, path: str | Path, layout: Layout) -> Path
     Raises:
         WorldloomError: the family has no such layout.
     """
-    from safetensors.torch import save_file
-
     from worldloom.artifacts import atomic_file
+    from worldloom.weights import write_weights
 
     family = _family(model.config)
     names = family.names(model.config)
@@ -124,7 +122,7 @@ def export_released(model: VideoCodec, path: str | Path, layout: Layout) -> Path
         like = next(iter(tensors.values()))
         tensors |= {key: torch.zeros(shape, dtype=like.dtype) for key, shape in family.unused(model.config).items()}
     with atomic_file(Path(path)) as file:
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, file)
+        write_weights(tensors, file.parent, file.name)
     return Path(path)
 
 
