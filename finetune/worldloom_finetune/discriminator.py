@@ -15,6 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from worldloom_tokenizers.layers import conv3d
+
+
+class Conv3d(nn.Conv3d):
+    """torch's layer, computed by `worldloom_tokenizers.layers.conv3d`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        assert not isinstance(self.padding, str)
+        return conv3d(input, self.weight, self.bias, self.stride, self.padding)
+
 
 class PatchDiscriminator(nn.Module):
     """Videos ``(b, 3, T, H, W)`` in [-1, 1] -> a score of each patch ``(b, 1, t, H/8, W/8)``; above 0 is "real".
@@ -29,15 +39,15 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         wide, wider = 2 * channels, 4 * channels
         self.layers = nn.Sequential(
-            nn.Conv3d(3, channels, (3, 4, 4), stride=(1, 2, 2), padding=1),
+            Conv3d(3, channels, (3, 4, 4), stride=(1, 2, 2), padding=1),
             nn.LeakyReLU(0.2),
-            nn.Conv3d(channels, wide, (3, 4, 4), stride=2, padding=1),
+            Conv3d(channels, wide, (3, 4, 4), stride=2, padding=1),
             nn.GroupNorm(8, wide),
             nn.LeakyReLU(0.2),
-            nn.Conv3d(wide, wider, (3, 4, 4), stride=2, padding=1),
+            Conv3d(wide, wider, (3, 4, 4), stride=2, padding=1),
             nn.GroupNorm(8, wider),
             nn.LeakyReLU(0.2),
-            nn.Conv3d(wider, 1, 3, padding=1),
+            Conv3d(wider, 1, 3, padding=1),
         )
 
     def forward(self, video: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ Letters: b batch, t frames, h w size, c o channels, k taps in time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -104,7 +105,25 @@ def conv3x3(past: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None)
     missing = taps - 1 - (total - t)
     if missing:
         frames = F.pad(frames, (0, 0, 0, 0, missing, 0))
-    return F.conv3d(frames, weight, bias, padding=(0, 1, 1)).permute(0, 2, 3, 4, 1)
+    return conv3d(frames, weight, bias, padding=(0, 1, 1)).permute(0, 2, 3, 4, 1)
+
+
+def conv3d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int | Sequence[int] = 1, padding: int | Sequence[int] = 0
+) -> Tensor:
+    """torch's, but for bfloat16 on a CPU, where it computes in float32.
+
+    There, over frames of a few pixels, torch 2.13 takes values from memory that was never written into the gradient of
+    the kernel; it is not a number now and then, and wrong more often (tests/tokenizers/test_layers.py).
+    """
+    stride, padding = (list(v) if isinstance(v, Sequence) else v for v in (stride, padding))
+    autocast = torch.is_autocast_enabled("cpu")
+    if x.device.type != "cpu" or x.dtype == torch.float64 or not (x.dtype == torch.bfloat16 or autocast):
+        return F.conv3d(x, weight, bias, stride, padding)
+    made = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+    with torch.autocast("cpu", enabled=False):
+        bias = bias if bias is None else bias.float()
+        return F.conv3d(x.float(), weight.float(), bias, stride, padding).to(made)
 
 
 _ENLARGED = ([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]], [[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
