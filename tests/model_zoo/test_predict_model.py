@@ -29,10 +29,10 @@ def inputs(config: PredictConfig, t: int, b: int = 2) -> tuple[torch.Tensor, tor
 
 
 @pytest.mark.parametrize("previous_frame", [False, True])
-@pytest.mark.parametrize("window", [0, 1, 3])
+@pytest.mark.parametrize(("window", "sink"), [(0, 0), (1, 0), (3, 0), (1, 1), (2, 1), (2, 3)])
 @torch.no_grad()
-def test_stepping_with_a_cache_equals_the_whole_forward(window: int, previous_frame: bool) -> None:
-    config = replace(tiny(action_dim=3), window=window, previous_frame=previous_frame)
+def test_stepping_with_a_cache_equals_the_whole_forward(window: int, sink: int, previous_frame: bool) -> None:
+    config = replace(tiny(action_dim=3), window=window, sink=sink, previous_frame=previous_frame)
     model = lively(config)
     x, level, actions = inputs(config, t=7)
     whole = model(x, level, actions)
@@ -48,18 +48,35 @@ def test_stepping_with_a_cache_equals_the_whole_forward(window: int, previous_fr
     assert (stepped - whole).abs().max() < 1e-4
     assert whole.std() > 0.1
     if window:
-        assert cache.keys[0].shape[2] == (window - 1) * 4  # (h/p)*(w/p) = 4 tokens a frame
+        assert cache.keys[0].shape[2] == (sink + window - 1) * 4  # (h/p)*(w/p) = 4 tokens a frame
+
+
+@pytest.mark.parametrize("sink", [0, 1, 2, 4])
+@torch.no_grad()
+def test_chunks_after_a_cache_equal_the_whole_forward(sink: int) -> None:
+    config = replace(tiny(action_dim=3), window=3, sink=sink, previous_frame=True)
+    model = lively(config)
+    x, level, actions = inputs(config, t=9)
+    cache = KVCache()
+    parts = []
+    for first, last in ((0, 3), (3, 5), (5, 9)):
+        taken = actions[:, 4 * max(first - 1, 0) : 4 * (last - 1)]
+        parts.append(model(x[:, :, first:last], level[:, first:last], taken, cache=cache, commit=True))
+    assert (torch.cat(parts, dim=2) - model(x, level, actions)).abs().max() < 1e-4
 
 
 @torch.no_grad()
-def test_chunks_after_a_cache_equal_the_whole_forward() -> None:
-    config = replace(tiny(action_dim=3), window=3, previous_frame=True)
-    model = lively(config)
-    x, level, actions = inputs(config, t=6)
-    cache = KVCache()
-    parts = [model(x[:, :, :3], level[:, :3], actions[:, :8], cache=cache, commit=True)]
-    parts.append(model(x[:, :, 3:], level[:, 3:], actions[:, 8:], cache=cache, commit=True))
-    assert (torch.cat(parts, dim=2) - model(x, level, actions)).abs().max() < 1e-4
+def test_a_frame_sees_its_window_and_the_sink_and_nothing_between() -> None:
+    model = lively(replace(tiny(), blocks=1, window=2, sink=1))
+    x, level, _ = inputs(replace(tiny(), action_dim=1), t=6)
+    reached = []
+    for frame in range(6):
+        changed = x.clone()
+        changed[:, :, frame] += 1
+        difference = (model(x, level) - model(changed, level)).abs().amax(dim=(0, 1, 3, 4))
+        reached.append((difference > 1e-5).tolist())
+    expected = [[row == column or column == row + 1 or row == 0 for column in range(6)] for row in range(6)]
+    assert reached == expected
 
 
 @torch.no_grad()
@@ -93,9 +110,78 @@ def test_actions_reach_their_own_frame_and_null_means_no_contribution() -> None:
 
 @torch.no_grad()
 def test_fresh_model_predicts_zero_velocity() -> None:
-    config = tiny(action_dim=2)
+    config = replace(tiny(action_dim=2), action_head=True)
     x, level, actions = inputs(config, t=3)
-    assert (PredictTransformer(config)(x, level, actions) == 0).all()
+    velocity, action_velocity = PredictTransformer(config)(x, level, actions, return_actions=True)
+    assert (velocity == 0).all()
+    assert (action_velocity == 0).all()
+    assert action_velocity.shape == actions.shape
+
+
+def test_without_an_action_head_a_model_has_the_parameters_it_had() -> None:
+    config = tiny(action_dim=3)
+    plain, headed = PredictTransformer(config), PredictTransformer(replace(config, action_head=True))
+    added = headed.state_dict().keys() - plain.state_dict().keys()
+    assert {key.rpartition(".")[0] for key in added} == {
+        "action_embedder.noise.0",
+        "action_embedder.noise.2",
+        "action_head",
+    }
+
+
+@torch.no_grad()
+def test_actions_have_their_own_noise_level_and_clean_is_zero() -> None:
+    model = lively(replace(tiny(action_dim=3), action_head=True))
+    x, level, actions = inputs(model.config, t=4)
+    noise = torch.zeros(2, 3)
+    clean = model(x, level, actions, return_actions=True)
+    for given, default in zip(model(x, level, actions, action_timestep=noise, return_actions=True), clean, strict=True):
+        torch.testing.assert_close(given, default, atol=0, rtol=0)
+    torch.testing.assert_close(model(x, level, actions), clean[0], atol=0, rtol=0)
+
+    noise[:, 1] = 0.7  # of the actions that lead to latent frame 2
+    noisy = model(x, level, actions, action_timestep=noise, return_actions=True)
+    frames = (noisy[0] - clean[0]).abs().amax(dim=(0, 1, 3, 4))
+    assert (frames[:2] == 0).all()
+    assert (frames[2:] > 1e-4).all()
+    groups = (noisy[1] - clean[1]).abs().amax(dim=(0, 2)).unflatten(0, (3, 4)).amax(dim=1)
+    assert groups[0] == 0
+    assert (groups[1:] > 1e-4).all()
+
+
+@torch.no_grad()
+def test_the_actions_velocity_is_read_from_the_frame_that_they_lead_to() -> None:
+    model = lively(replace(tiny(action_dim=3), action_head=True))
+    x, level, actions = inputs(model.config, t=4)
+    before = model(x, level, actions, return_actions=True)[1]
+    changed = x.clone()
+    changed[:, :, 2] += 1
+    difference = (model(changed, level, actions, return_actions=True)[1] - before).abs().amax(dim=(0, 2))
+    assert (difference[:4] == 0).all()
+    assert (difference[4:8] > 1e-4).all()
+
+    cache, parts = KVCache(), []
+    model(x[:, :, :1], level[:, :1], cache=cache, commit=True)
+    for frame in range(1, 4):
+        step = (x[:, :, frame : frame + 1], level[:, frame : frame + 1], actions[:, 4 * (frame - 1) : 4 * frame])
+        parts.append(model(*step, cache=cache, commit=True, return_actions=True)[1])
+    assert (torch.cat(parts, dim=1) - before).abs().max() < 1e-4
+
+
+def test_an_action_head_that_is_missing_or_misused_says_so() -> None:
+    model = PredictTransformer(tiny(action_dim=3))
+    x, level, actions = inputs(model.config, t=3)
+    with pytest.raises(WorldloomError, match="no noise level of their own"):
+        model(x, level, actions, return_actions=True)
+    headed = PredictTransformer(replace(model.config, action_head=True))
+    with pytest.raises(WorldloomError, match="needs noisy actions"):
+        headed(x, level, return_actions=True)
+    with pytest.raises(WorldloomError, match="per latent frame that they lead to"):
+        headed(x, level, actions, action_timestep=torch.zeros(2, 3))
+    with pytest.raises(WorldloomError, match="action_head needs actions"):
+        replace(tiny(), action_head=True)
+    with pytest.raises(WorldloomError, match="sink goes with a window"):
+        replace(tiny(), sink=1)
 
 
 def test_cosmos_configuration_has_the_published_parameter_count() -> None:

@@ -84,9 +84,9 @@ def fresh_actions(model: PredictTransformer, action_dim: int) -> PredictTransfor
 
     The new embedding ends in zeros, so that the model starts out as it was under the null action.
     """
-    config = replace(model.config, action_dim=action_dim)
+    config = replace(model.config, action_dim=action_dim, action_head=model.config.action_head and action_dim > 0)
     resized = PredictTransformer(config)
-    weights = {k: v for k, v in model.state_dict().items() if not k.startswith("action_embedder.")}
+    weights = {k: v for k, v in model.state_dict().items() if not k.startswith("action_")}
     resized.load_state_dict(weights, strict=False)
     return resized.to(next(model.parameters()).device)
 

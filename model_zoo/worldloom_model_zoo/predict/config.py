@@ -51,10 +51,15 @@ class PredictConfig:
     """Actions between two latent frames: the tokenizer's temporal ratio."""
     action_hidden: int = 256
     """Hidden size of the two action MLPs."""
+    action_head: bool = False
+    """Actions have a noise level of their own and are predicted too: forward dynamics, inverse dynamics and policy in
+    one network (Zhu et al. 2025)."""
     attention: Literal["full", "causal"] = "causal"
     """``full``: every frame sees every frame. ``causal``: it sees itself and earlier ones, so it can be stepped."""
     window: int = 0
     """Latent frames that a frame sees in causal attention, itself included; 0 for all."""
+    sink: int = 0
+    """Latent frames at the beginning that every frame sees besides its window (Xiao et al. 2024)."""
 
     def __post_init__(self) -> None:
         if self.width % self.heads or (self.width // self.heads) % 2 or self.width // self.heads < 8:
@@ -67,6 +72,10 @@ class PredictConfig:
             raise WorldloomError("text_dim needs context_dim", got=self.text_dim, do="set context_dim, e.g. 1024")
         if self.window < 0 or (self.window and self.attention == "full"):
             raise WorldloomError("window is for causal attention and not negative", got=self.window)
+        if self.sink < 0 or (self.sink and not self.window):
+            raise WorldloomError("sink goes with a window and is not negative", got=self.sink, do="set window")
+        if self.action_head and not self.action_dim:
+            raise WorldloomError("action_head needs actions", got="action_dim 0", do="set action_dim")
 
     @property
     def head_dim(self) -> int:

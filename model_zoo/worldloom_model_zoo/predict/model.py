@@ -28,7 +28,7 @@ from worldloom_model_zoo.predict.config import PredictConfig
 class KVCache:
     """Keys and values of the frames already seen, per block ``(b, k, frames*n, e)``. Keys carry their rotation.
 
-    With a window W the cache holds at most the W-1 last frames: what the next frame may see.
+    With a window W and a sink S the cache holds at most the S first and the W-1 last frames: what the next may see.
     """
 
     keys: list[Tensor] = field(default_factory=list)
@@ -38,20 +38,26 @@ class KVCache:
     last: Tensor | None = None
     """The last committed latent frame ``(b, c, 1, h, w)``."""
 
-    def append(self, x: Tensor, keys: list[Tensor], values: list[Tensor], window: int) -> None:
+    def append(self, x: Tensor, keys: list[Tensor], values: list[Tensor], window: int, sink: int = 0) -> None:
         """Commit latent frames ``(b, c, t, h, w)`` with their keys and values."""
         frames = x.shape[2]
         tokens = keys[0].shape[2] // frames  # of a frame
         if self.keys:
             keys = [torch.cat(pair, dim=2) for pair in zip(self.keys, keys, strict=True)]
             values = [torch.cat(pair, dim=2) for pair in zip(self.values, values, strict=True)]
-        if window:
-            kept = (window - 1) * tokens
-            keys = [x[:, :, max(x.shape[2] - kept, 0) :] for x in keys]
-            values = [x[:, :, max(x.shape[2] - kept, 0) :] for x in values]
+        length = keys[0].shape[2]
+        if window and length > (sink + window - 1) * tokens:
+            first, last = sink * tokens, length - (window - 1) * tokens
+            keys = [torch.cat([x[:, :, :first], x[:, :, last:]], dim=2) if sink else x[:, :, last:] for x in keys]
+            values = [torch.cat([x[:, :, :first], x[:, :, last:]], dim=2) if sink else x[:, :, last:] for x in values]
         self.keys, self.values = keys, values
         self.frames += frames
         self.last = x[:, :, -1:]
+
+    def positions(self, count: int, sink: int, device: torch.device) -> Tensor:
+        """``(count,)`` positions of the frames that are held: the sink, then those up to the last committed."""
+        held = torch.arange(self.frames - count, self.frames, device=device)
+        return torch.where(torch.arange(count, device=device) < sink, torch.arange(count, device=device), held)
 
 
 # -- positions and time ----------------------------------------------------------------------------------------------
@@ -97,12 +103,15 @@ def sinusoid(timestep: Tensor, size: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def causal_mask(frames: int, tokens: int, window: int, device: torch.device) -> Tensor:
-    """``(frames*tokens, frames*tokens)`` boolean: may the row's token see the column's?"""
-    row = torch.arange(frames, device=device).repeat_interleave(tokens)
-    distance = row[:, None] - row[None, :]
-    allowed = distance >= 0
-    return allowed & (distance < window) if window else allowed
+def causal_mask(rows: Tensor, columns: Tensor, tokens: int, window: int, sink: int) -> Tensor:
+    """``(rows*tokens, columns*tokens)`` boolean: may the row's token see the column's?
+
+    ``rows`` and ``columns`` are positions of frames. A frame sees its window and, besides, the first ``sink`` frames
+    of the sequence (attention sinks, Xiao et al. 2024).
+    """
+    row, column = rows.repeat_interleave(tokens)[:, None], columns.repeat_interleave(tokens)[None, :]
+    allowed = row >= column
+    return allowed & ((row - column < window) | (column < sink)) if window else allowed
 
 
 # -- blocks ----------------------------------------------------------------------------------------------------------
@@ -224,21 +233,32 @@ class Block(nn.Module):
 
 
 class ActionEmbedder(nn.Module):
-    """The r actions that lead to a latent frame -> an addition to its timestep embedding and to the modulation."""
+    """The r actions that lead to a latent frame -> an addition to its timestep embedding and to the modulation.
+
+    Where actions have a noise level of their own (Zhu et al. 2025), its embedding is added to both hidden layers.
+    """
 
     def __init__(self, config: PredictConfig) -> None:
         super().__init__()
-        size, d = config.actions_per_latent * config.action_dim, config.width
-        self.to_embedding = nn.Sequential(
-            nn.Linear(size, config.action_hidden), nn.SiLU(), nn.Linear(config.action_hidden, d)
-        )
-        self.to_modulation = nn.Sequential(
-            nn.Linear(size, config.action_hidden), nn.SiLU(), nn.Linear(config.action_hidden, 3 * d)
-        )
+        size, hidden, d = config.actions_per_latent * config.action_dim, config.action_hidden, config.width
+        self.to_embedding = nn.Sequential(nn.Linear(size, hidden), nn.SiLU(), nn.Linear(hidden, d))
+        self.to_modulation = nn.Sequential(nn.Linear(size, hidden), nn.SiLU(), nn.Linear(hidden, 3 * d))
+        self.noise = None
+        if config.action_head:
+            self.noise = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, 2 * hidden))
 
-    def forward(self, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """``(b, t, r*a)`` -> ``(b, t, d)`` and ``(b, t, 3d)``."""
-        return self.to_embedding(actions), self.to_modulation(actions)
+    def forward(self, actions: Tensor, level: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``(b, t, r*a)`` and noise levels ``(b, t)``, None for clean, -> ``(b, t, d)`` and ``(b, t, 3d)``."""
+        if self.noise is None:
+            return self.to_embedding(actions), self.to_modulation(actions)
+        level = actions.new_zeros(actions.shape[:2]) if level is None else level
+        hidden = self.noise[0].in_features
+        assert isinstance(hidden, int)
+        noise = self.noise(sinusoid(level * 1000, hidden).to(actions.dtype)).chunk(2, dim=-1)
+        made = []
+        for layers, added in zip((self.to_embedding, self.to_modulation), noise, strict=True):
+            made.append(layers[2](layers[1](layers[0](actions) + added)))
+        return made[0], made[1]
 
 
 # -- the model -------------------------------------------------------------------------------------------------------
@@ -261,6 +281,9 @@ class PredictTransformer(nn.Module):
         self.final_norm = nn.LayerNorm(d, elementwise_affine=False, eps=1e-6)
         self.final_modulation = Modulation(d, config.adaln_rank, 2)
         self.patch_out = nn.Linear(d, config.latent_channels * patch, bias=False)
+        self.action_head = None
+        if config.action_head:
+            self.action_head = nn.Linear(d, config.actions_per_latent * config.action_dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -279,6 +302,8 @@ class PredictTransformer(nn.Module):
             for last in (self.action_embedder.to_embedding[-1], self.action_embedder.to_modulation[-1]):
                 assert isinstance(last, nn.Linear)
                 nn.init.zeros_(last.weight)
+        if self.action_head is not None:
+            nn.init.zeros_(self.action_head.weight)
 
     def forward(
         self,
@@ -292,8 +317,10 @@ class PredictTransformer(nn.Module):
         action_mask: Tensor | None = None,
         cache: KVCache | None = None,
         commit: bool = False,
-    ) -> Tensor:
-        """The velocity, noise - clean, of each latent frame.
+        action_timestep: Tensor | None = None,
+        return_actions: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The velocity, noise - clean, of each latent frame; with ``return_actions`` that of the actions too.
 
         Args:
             x: noisy latents ``(b, c, t, h, w)``; with a cache that holds frames, the frames that follow them.
@@ -306,12 +333,17 @@ class PredictTransformer(nn.Module):
             action_mask: ``(b,)`` boolean, False where a sample gets the null action (dropout, guidance).
             cache: frames seen before; needs causal attention.
             commit: add these frames to the cache. Pass them clean, with the context's noise level as timestep.
+            action_timestep: noise level of the actions that lead to each latent frame ``(b, actions / r)`` in [0, 1];
+                None is 0, clean. Needs ``action_head``. Noisy actions and clean frames are inverse dynamics, clean
+                actions and noisy frames forward dynamics, both noisy a policy (Zhu et al. 2025).
+            return_actions: give ``(velocity, action_velocity)``, the second of the shape of the actions.
 
         Raises:
             WorldloomError: where a shape does not fit the configuration.
         """
         config = self.config
         self._check(x, timestep, actions, text, cache)
+        self._check_action_noise(actions, action_timestep, return_actions)
         b, _, t, h, w = x.shape
         rows, columns = h // config.patch, w // config.patch
         offset = cache.frames if cache is not None else 0
@@ -322,7 +354,7 @@ class PredictTransformer(nn.Module):
         embedding = self.time_norm(embedding)
         if self.action_embedder is not None and actions is not None:
             per_frame = actions.reshape(b, -1, config.actions_per_latent * config.action_dim)
-            to_embedding, to_modulation = self.action_embedder(per_frame.to(x.dtype))
+            to_embedding, to_modulation = self.action_embedder(per_frame.to(x.dtype), action_timestep)
             if action_mask is not None:
                 keep = action_mask.view(b, 1, 1).to(x.dtype)
                 to_embedding, to_modulation = to_embedding * keep, to_modulation * keep
@@ -347,10 +379,18 @@ class PredictTransformer(nn.Module):
                 values.append(new_values)
         if commit:
             assert cache is not None
-            cache.append(x, keys, values, config.window)
+            cache.append(x, keys, values, config.window, config.sink)
 
         shift, scale = self.final_modulation(embedding, shared)
-        return self._unpatchify(self.patch_out(self.final_norm(tokens) * (1 + scale) + shift), rows, columns)
+        tokens = self.final_norm(tokens) * (1 + scale) + shift
+        velocity = self._unpatchify(self.patch_out(tokens), rows, columns)
+        if not return_actions:
+            return velocity
+        assert self.action_head is not None
+        assert actions is not None
+        first = t - actions.shape[1] // config.actions_per_latent
+        pooled = tokens.mean(dim=2)[:, first:]  # (b, t, n, d) -> (b, t', d)
+        return velocity, self.action_head(pooled).reshape(actions.shape)
 
     def _patchify(
         self, x: Tensor, condition_mask: Tensor | None, padding_mask: Tensor | None, cache: KVCache | None
@@ -379,11 +419,14 @@ class PredictTransformer(nn.Module):
     def _mask(self, frames: int, tokens: int, cache: KVCache | None, device: torch.device) -> Tensor | None:
         if self.config.attention == "full":
             return None
-        window = self.config.window
-        past = cache.keys[0].shape[2] // tokens if cache is not None and cache.keys else 0
-        if frames == 1 and (not window or past < window):
+        window, sink = self.config.window, self.config.sink
+        held = cache.keys[0].shape[2] // tokens if cache is not None and cache.keys else 0
+        if frames == 1 and (not window or held < window + sink):
             return None  # one new frame sees everything that the cache kept
-        return causal_mask(past + frames, tokens, window, device)[past * tokens :]
+        offset = cache.frames if cache is not None else 0
+        rows = torch.arange(offset, offset + frames, device=device)
+        columns = rows if cache is None else torch.cat([cache.positions(held, sink, device), rows])
+        return causal_mask(rows, columns, tokens, window, sink)
 
     def _check(
         self, x: Tensor, timestep: Tensor, actions: Tensor | None, text: Tensor | None, cache: KVCache | None
@@ -420,4 +463,21 @@ class PredictTransformer(nn.Module):
                 "the text embedding does not fit the model",
                 got=tuple(text.shape),
                 do=f"its last size is {config.text_dim or config.context_dim or 'absent: this model takes no text'}",
+            )
+
+    def _check_action_noise(self, actions: Tensor | None, level: Tensor | None, return_actions: bool) -> None:
+        if level is None and not return_actions:
+            return
+        if self.action_head is None:
+            raise WorldloomError(
+                "this model's actions have no noise level of their own", do="use a checkpoint with action_head = true"
+            )
+        if actions is None:
+            raise WorldloomError("denoising actions needs noisy actions to start from", do="give actions")
+        expected = (actions.shape[0], actions.shape[1] // self.config.actions_per_latent)
+        if level is not None and tuple(level.shape) != expected:
+            raise WorldloomError(
+                "the actions' noise level is one number per latent frame that they lead to",
+                got=tuple(level.shape),
+                do=f"give {expected}",
             )
