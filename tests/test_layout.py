@@ -35,6 +35,7 @@ EXPORTS = {
         "load_preview",
         "load_released",
         "load_semantic",
+        "load_text_encoder",
         "load_tokenizer",
     ],
     "worldloom_curation": ["CurateConfig", "Observer", "Source", "Span", "Stage", "Verdict"],

@@ -15,6 +15,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -70,6 +71,8 @@ class RecordConfig:
     """Keep segmentation where the simulator has it."""
     samples_per_shard: int = 64
     """Episodes per shard."""
+    captions: tuple[str, ...] = ()
+    """What the episodes show, in words; episode e takes number e modulo how many there are."""
 
 
 def record(
@@ -86,6 +89,7 @@ def record(
     depth: bool = True,
     segmentation: bool = True,
     samples_per_shard: int = 64,
+    captions: Sequence[str] = (),
     store: Store | None = None,
     quiet: bool = False,
 ) -> DatasetIndex:
@@ -103,7 +107,7 @@ def record(
             a recording with other parameters, or something else.
     """
     given = (env_id, episodes, seed, size, max_steps, frame_skip, policy, hold, depth, segmentation, samples_per_shard)
-    config = RecordConfig(*given)
+    config = RecordConfig(*given, tuple(captions))
     _check(config)
     out = Path(out)
     if _is_complete(out, config):
@@ -253,6 +257,7 @@ def play_episode(simulator: Simulator, config: RecordConfig, episode: int) -> Sh
         fps=simulator.fps,
         width=frames.shape[2],
         height=frames.shape[1],
+        caption=config.captions[episode % len(config.captions)] if config.captions else "",
         action_dim=len(simulator.action_names),
         metadata=metadata,
     )
@@ -335,6 +340,7 @@ def _parse_size(text: str) -> tuple[int, int]:
 @click.option("--depth/--no-depth", default=True, show_default=True, help="Keep depth where there is any.")
 @click.option("--segmentation/--no-segmentation", default=True, show_default=True, help="Keep it where there is any.")
 @click.option("--samples-per-shard", default=64, show_default=True, type=click.IntRange(1), help="Episodes per tar.")
+@click.option("--caption", "captions", multiple=True, help="What is seen, in words; given again, episodes take turns.")
 def record_command(out: Path, size: str | None, **options: Any) -> None:
     """Record episodes of a Gymnasium environment, with actions, into a dataset."""
     index = record(out=out, size=_parse_size(size) if size else None, **options)

@@ -29,6 +29,7 @@ _PLUGINS = (
     ("ALE/", "ale_py", "ale-py", "sim"),
     ("MiniGrid-", "minigrid", "minigrid", ""),
     ("BabyAI-", "minigrid", "minigrid", ""),
+    ("gym_pusht/", "gym_pusht", "gym-pusht", ""),
 )
 """How an id begins, the module that registers it, its package, the extra that installs it (or none)."""
 

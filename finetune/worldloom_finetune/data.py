@@ -151,6 +151,8 @@ class LatentItem:
     actions: np.ndarray | None
     """float32 ``(ratio * (t - 1), a)``: latent frame i >= 1 spans ``actions[ratio * (i - 1) : ratio * i]``."""
     clip: str
+    text: np.ndarray | None = None
+    """float16 ``(tokens, dim)``: vectors of the caption."""
 
 
 class LatentItems:
@@ -188,14 +190,16 @@ class LatentItems:
         actions = sample.arrays.get("actions")
         if actions is not None:
             actions = np.ascontiguousarray(actions[: self._ratio * (self._frames - 1)], dtype=np.float32)
-        return LatentItem(latents, actions, sample.clip.id)
+        return LatentItem(latents, actions, sample.clip.id, sample.arrays.get("text"))
 
     def collate(self, items: Sequence[LatentItem]) -> LatentBatch:
         """Stack samples into a batch: latents and actions as float32."""
         latents = torch.from_numpy(np.stack([item.latents for item in items])).float()
         with_actions = [item.actions for item in items if item.actions is not None]
         actions = torch.from_numpy(np.stack(with_actions)) if len(with_actions) == len(items) else None
-        return LatentBatch(latents, actions, None, tuple(item.clip for item in items))
+        with_text = [item.text for item in items if item.text is not None]
+        text = torch.from_numpy(np.stack(with_text)).float() if len(with_text) == len(items) else None
+        return LatentBatch(latents, actions, text, tuple(item.clip for item in items))
 
 
 def window_length(frames: int, ratio: int, shortest: int, what: str) -> int:

@@ -33,6 +33,8 @@ class FlowConfig:
     """Timestep shift; above 1 trains more at high noise."""
     action_dropout: float = 0.1
     """Share of samples that get the null action, so that guidance on actions is possible."""
+    text_dropout: float = 0.1
+    """Share of samples that get the null text, so that guidance on text is possible."""
     pixel_weighting: float = 0.0
     """Exponent p: a latent channel weighs (its part in the error of pixels) ** p. 0: all alike; 1: as pixels do."""
 
@@ -96,8 +98,12 @@ def rectified_flow_loss(
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     keep_action = torch.rand(b, generator=generator) >= config.action_dropout
     level, weight, keep_action = (x.to(latents.device) for x in (level, weight, keep_action))
+    keep_text = None
+    if batch.text is not None:
+        keep_text = (torch.rand(b, generator=generator) >= config.text_dropout).to(latents.device)
 
-    velocity = model(flow_interpolate(latents, noise, level), level, batch.actions, batch.text, action_mask=keep_action)
+    noisy = flow_interpolate(latents, noise, level)
+    velocity = model(noisy, level, batch.actions, batch.text, action_mask=keep_action, text_mask=keep_text)
     squares = (velocity - (noise - latents)).square()
     if weights is not None:
         squares = squares * weights.to(squares)[None, :, None, None, None]

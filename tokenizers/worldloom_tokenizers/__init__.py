@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from worldloom_tokenizers.preview import load_preview
     from worldloom_tokenizers.released import load_released
     from worldloom_tokenizers.semantic import load_semantic
+    from worldloom_tokenizers.text import load_text_encoder
 
 __all__ = [
     "ActionCodec",
@@ -29,6 +30,7 @@ __all__ = [
     "load_preview",
     "load_released",
     "load_semantic",
+    "load_text_encoder",
     "load_tokenizer",
 ]
 
@@ -45,6 +47,7 @@ __getattr__ = exports(
         "load_preview": "worldloom_tokenizers.preview",
         "load_released": "worldloom_tokenizers.released",
         "load_semantic": "worldloom_tokenizers.semantic",
+        "load_text_encoder": "worldloom_tokenizers.text",
         "load_tokenizer": "worldloom_tokenizers.checkpoint",
     },
 )

@@ -16,6 +16,7 @@ from worldloom.errors import WorldloomError
 from worldloom.protocols import VideoTokenizer
 from worldloom.schema import Clip, clip_id
 from worldloom.streaming import stream
+from worldloom_tokenizers.text import TextEncoder
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,13 @@ def encode_dataset(
     stride: int | None = None,
     size: tuple[int, int] = (64, 64),
     batch_size: int = 4,
+    text_encoder: TextEncoder | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> EncodeSummary:
     """Encode every window of every clip; a dataset of kind ``latents`` is committed in ``out``.
 
-    A discrete tokenizer's samples hold its codes too, ``codes``, int32 ``(codebooks, t, h, w)``.
+    A discrete tokenizer's samples hold its codes too, ``codes``, int32 ``(codebooks, t, h, w)``. With a text encoder
+    each sample holds its caption's vectors, ``text``, float16 ``(tokens, dim)``.
     Done already (same clips, tokenizer, windows and size): nothing is computed again.
 
     Args:
@@ -95,6 +98,7 @@ def encode_dataset(
         frames: length T of a window, 1 + temporal_ratio * k.
         stride: distance of windows; None for windows that do not overlap.
         size: (height, width) that clips are cropped and resized to, multiples of the tokenizer's spatial ratio.
+        text_encoder: encodes the captions; None leaves them out.
         progress: called with (clips done, clips in all).
 
     Raises:
@@ -120,6 +124,10 @@ def encode_dataset(
     fingerprint = tokenizer.fingerprint
     name = recorded_name(name)
     config = {"frames": frames, "stride": stride, "size": list(size), "tokenizer": name, "fingerprint": fingerprint}
+    text = None
+    if text_encoder is not None:
+        text = {"name": text_encoder.name, "fingerprint": text_encoder.fingerprint, "tokens": text_encoder.tokens}
+        config["text_encoder"] = text
     done = _done(out, dataset.index.id, config)
     if done is not None:
         return done
@@ -133,6 +141,7 @@ def encode_dataset(
             pixels = media.read_frames(sample.video, size=size)
             starts = list(windows(len(pixels), frames, stride))
             counts["clips" if starts else "short"] += 1
+            words = text_encoder.encode([sample.clip.caption])[0] if text_encoder is not None else None
             counts["left_out"] += len(pixels) - _covered(starts, frames)
             for chunk in range(0, len(starts), batch_size):
                 batch = starts[chunk : chunk + batch_size]
@@ -144,6 +153,8 @@ def encode_dataset(
                     arrays = {"latents": latents[row]}
                     if codes is not None:
                         arrays["codes"] = codes[row]
+                    if words is not None:
+                        arrays["text"] = words.to("cpu", torch.float16).numpy()
                     for key in ("actions", "rewards"):
                         if key in sample.arrays:
                             arrays[key] = sample.arrays[key][start : start + frames - 1]
@@ -163,7 +174,13 @@ def encode_dataset(
         refs,
         kind="latents",
         tokenizer={"name": name, "fingerprint": fingerprint, "temporal_ratio": ratio, "spatial_ratio": edge},
-        metadata={**dataset.index.metadata, "encode": config, "source": dataset.index.id, "counts": counts},
+        metadata={
+            **dataset.index.metadata,
+            "encode": config,
+            "source": dataset.index.id,
+            "counts": counts,
+            "text_encoder": text,
+        },
         inputs=[dataset.index.id, f"model:{name}@{fingerprint}"],
         config=config,
     )

@@ -114,6 +114,18 @@ class TokenizerRef:
 
 
 @dataclass(frozen=True)
+class TextEncoderRef:
+    """Which text encoder a model was trained with."""
+
+    name: str = ""
+    """Its name; empty for a model without text."""
+    fingerprint: str = ""
+    """Its fingerprint; another one is refused. Empty: not checked."""
+    tokens: int = 24
+    """Length to which texts are cut or filled up."""
+
+
+@dataclass(frozen=True)
 class PredictCheckpoint:
     """``config.toml`` of a checkpoint folder of this family."""
 
@@ -133,6 +145,8 @@ class PredictCheckpoint:
     """The default sampler."""
     tokenizer: TokenizerRef = field(default_factory=TokenizerRef)
     """The tokenizer it works with."""
+    text: TextEncoderRef = field(default_factory=TextEncoderRef)
+    """The text encoder it works with."""
 
 
 def nano(action_dim: int = 0) -> PredictConfig:
@@ -141,6 +155,11 @@ def nano(action_dim: int = 0) -> PredictConfig:
     A frame sees five latent frames, itself included, in training as in a rollout: so a rollout may go on for ever.
     """
     return PredictConfig(width=192, heads=3, action_dim=action_dim, action_hidden=192, window=5, previous_frame=True)
+
+
+def nano_text(action_dim: int = 0) -> PredictConfig:
+    """The small world model that is told in words what to show: `nano`, wider, with MiniLM's text vectors."""
+    return replace(nano(action_dim), width=256, heads=4, context_dim=256, text_dim=384)
 
 
 def tiny(action_dim: int = 0) -> PredictConfig:

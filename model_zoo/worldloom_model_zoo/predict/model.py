@@ -315,6 +315,7 @@ class PredictTransformer(nn.Module):
         condition_mask: Tensor | None = None,
         padding_mask: Tensor | None = None,
         action_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
         cache: KVCache | None = None,
         commit: bool = False,
         action_timestep: Tensor | None = None,
@@ -331,6 +332,7 @@ class PredictTransformer(nn.Module):
             condition_mask: ``(b, 1, t, h, w)``, 1 at conditioning frames; for configurations that have it.
             padding_mask: ``(b, 1, h, w)``, 1 at padded pixels; for configurations that have it.
             action_mask: ``(b,)`` boolean, False where a sample gets the null action (dropout, guidance).
+            text_mask: ``(b,)`` boolean, False where a sample gets the null text.
             cache: frames seen before; needs causal attention.
             commit: add these frames to the cache. Pass them clean, with the context's noise level as timestep.
             action_timestep: noise level of the actions that lead to each latent frame ``(b, actions / r)`` in [0, 1];
@@ -367,6 +369,8 @@ class PredictTransformer(nn.Module):
                 text = x.new_zeros(b, 1, config.context_dim)
             elif self.text_proj is not None:
                 text = F.gelu(self.text_proj(text))
+            if text_mask is not None:  # zeros, of whatever number, are what one token of zeros is
+                text = text * text_mask.view(b, 1, 1).to(text.dtype)
 
         angles = rotary_angles(config, t, rows, columns, offset, x.device)
         mask = self._mask(t, rows * columns, cache, x.device)
