@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
-    from worldloom.schema import GenerationRequest
+    from worldloom.schema import GenerationRequest, VideoVerdict
 
 
 @runtime_checkable
@@ -188,4 +189,81 @@ class Plans(Protocol):
         ...
 
 
-CAPABILITIES: Sequence[type] = (Generates, Steps, Answers, Embeds, Renders, Plans)
+@runtime_checkable
+class InfersActions(Protocol):
+    """Inverse dynamics: finds the actions that lead from frame to frame of a video."""
+
+    def infer_actions(self, video: Tensor, *, seed: int = 0) -> Tensor:
+        """``(b, 3, T, H, W)`` in [-1, 1] -> actions ``(b, T-1, a)``."""
+        ...
+
+
+@runtime_checkable
+class Acts(Protocol):
+    """A policy: chooses actions from a start and an instruction, and foresees the frames they lead to."""
+
+    def act(self, start: Tensor, prompt: str, horizon: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """``(b, 3, T, H, W)`` -> actions ``(b, horizon, a)`` and video ``(b, 3, T + horizon, H, W)``, start included."""
+        ...
+
+
+@runtime_checkable
+class TakesFields(Protocol):
+    """A generating model that says which of a request's special fields it heeds."""
+
+    @property
+    def request_fields(self) -> frozenset[str]:
+        """Of ``negative_prompt``, ``shift``, ``height`` and ``width``, those that have an effect.
+
+        A request that sets another one is refused before the model sees it; so is any of them for a model that does
+        not implement this protocol, but for a height and width that are the model's own.
+        """
+        ...
+
+
+@runtime_checkable
+class Upsamples(Protocol):
+    """Rewrites a short prompt into the kind of text a model was trained on."""
+
+    def identity(self) -> Mapping[str, Any]:
+        """What decides the rewritten text besides the prompt, JSON-ready; part of a sample's key."""
+        ...
+
+    def upsample(self, prompt: str, start: Tensor | None = None) -> str:
+        """The rewritten prompt; ``start (1, 3, T, H, W)`` is what the video begins with, where it begins with frames.
+
+        Raises:
+            WorldloomError: it could not be rewritten. The caller does not go on with the original.
+        """
+        ...
+
+
+@runtime_checkable
+class ChecksText(Protocol):
+    """A guard before generation."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever a verdict could; part of a sample's key."""
+        ...
+
+    def check_text(self, text: str) -> str:
+        """Why the text is refused; empty where it may pass."""
+        ...
+
+
+@runtime_checkable
+class ChecksVideo(Protocol):
+    """A guard after generation. It may refuse a video, or give back a changed one."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever a verdict or a changed pixel could; part of a sample's key."""
+        ...
+
+    def check_video(self, frames: np.ndarray) -> VideoVerdict:
+        """Look at uint8 ``(t, h, w, 3)`` RGB, which is not to be written to."""
+        ...
+
+
+CAPABILITIES: Sequence[type] = (Generates, Steps, Answers, Embeds, Renders, Plans, InfersActions, Acts)

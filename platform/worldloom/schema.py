@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 
@@ -135,6 +136,28 @@ class GenerationRequest:
     """Classifier-free guidance g in ``v = uncond + g (cond - uncond)``; 1 switches it off."""
     fps: float | None = None
     """Frames per second written into the result."""
+    negative_prompt: str = ""
+    """Text to keep away from, for models that take one."""
+    shift: float | None = None
+    """Timestep shift of the sampler, for models that let it be chosen."""
+    height: int | None = None
+    """Pixels of the result, for models of several sizes."""
+    width: int | None = None
+    """Pixels of the result, for models of several sizes."""
+
+
+@dataclass(frozen=True)
+class VideoVerdict:
+    """What a guard makes of a video."""
+
+    blocked: str = ""
+    """Why the video is refused; empty where it may pass."""
+    frames: np.ndarray | None = None
+    """uint8 ``(t, h, w, 3)``: the video to go on with; None where nothing was changed."""
+    detail: str = ""
+    """One sentence for a person."""
+    facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What was measured, JSON-ready."""
 
 
 @dataclass(frozen=True)
