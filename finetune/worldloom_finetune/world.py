@@ -27,14 +27,14 @@ from worldloom_finetune.config import FinetuneConfig
 from worldloom_finetune.export import artifact_of, rounded
 from worldloom_finetune.objectives import FlowConfig, channel_weights, rectified_flow_loss
 from worldloom_model_zoo.predict.checkpoint import PredictAdapter, fresh_actions
-from worldloom_model_zoo.predict.config import PredictCheckpoint, PredictConfig, TokenizerRef
+from worldloom_model_zoo.predict.config import PredictCheckpoint, PredictConfig, TextEncoderRef, TokenizerRef
 from worldloom_model_zoo.predict.inputs import align_actions
 from worldloom_model_zoo.predict.model import PredictTransformer
 
 _ACTIONS = "action_embedder"  # the one module whose shape depends on the data
 _FAMILY = "worldloom_model_zoo.predict.config"
 _WINDOW = 33  # video frames of an encoded window, where nothing else is said
-_PRESETS = ("nano", "tiny", "cosmos_predict25_2b", "cosmos_predict25_14b")
+_PRESETS = ("nano", "nano_text", "tiny", "cosmos_predict25_2b", "cosmos_predict25_14b")
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class WorldTraining(FinetuneConfig):
     """Noise levels and dropout of the rectified-flow loss."""
     model: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `PredictConfig` that differ from the preset; for training from scratch."""
+    text_encoder: str = "minilm"
+    """Encodes the clips' captions, for a preset with text of its size."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ class WorldJob:
             inputs.append(artifact_of(base.sha256, "model") or f"model:{base.name}@{base.sha256}")
         self.inputs = tuple(inputs)
         model_config = base.checkpoint.model
-        self.unused = bool(model_config.context_dim) or bool(model_config.action_dim and not dataset.index.action_dim)
+        self.unused = bool(model_config.context_dim and not dataset.index.metadata.get("text_encoder"))
+        self.unused |= bool(model_config.action_dim and not dataset.index.action_dim)
         self._tokenizer: Any = None
         self._weights: Tensor | None = None  # of the latent channels in the loss
 
@@ -100,8 +103,8 @@ class WorldJob:
     @classmethod
     def prepare(cls, request: Any, config: WorldTraining) -> None:
         """Encode the clips into OUT/latents, where the dataset is not encoded yet."""
-        dataset = open_dataset(request.data)
-        if dataset.index.kind == "latents":
+        roots = request.data.split(",")
+        if len(roots) == 1 and open_dataset(request.data).index.kind == "latents":
             return
         from worldloom_tokenizers import encode_dataset, load_tokenizer
 
@@ -119,13 +122,14 @@ class WorldJob:
                 )
         with progress("encoding clips", quiet=request.quiet) as shown:
             encode_dataset(
-                request.data,
+                roots,
                 tokenizer,
                 out,
                 name=name,
                 frames=config.data.frames or _WINDOW,
                 stride=config.data.stride or None,
                 size=config.data.size or (settings.height, settings.width),
+                text_encoder=_text_encoder(request.model, config, settings),
                 progress=shown,
             )
 
@@ -136,9 +140,10 @@ class WorldJob:
         Raises:
             WorldloomError: no latents, a model that does not fit them, or an unknown model.
         """
-        dataset = open_dataset(request.data)
-        if dataset.index.kind == "clips":
+        if "," in request.data or open_dataset(request.data).index.kind == "clips":
             dataset = open_dataset(Path(request.out) / "latents")
+        else:
+            dataset = open_dataset(request.data)
         ratio, channels, shortest = _facts(dataset)
         base = open_base(request.model, config, dataset, ratio, channels)
         model = build(base)
@@ -202,7 +207,7 @@ class WorldJob:
         tokenizer, batch = tokenizer.to(device), batch.to(device)
         truth = tokenizer.decode(batch.latents)
         known = truth[:, :, : min(self.base.checkpoint.sampler.context_frames, 1 + tokenizer.temporal_ratio)]
-        made = pipeline.generate_video(known, batch.actions, frames=truth.shape[2], seed=0)
+        made = pipeline.generate_video(known, batch.actions, frames=truth.shape[2], text=batch.text, seed=0)
         rows = [frames for pair in zip(media.to_frames(truth), media.to_frames(made), strict=True) for frames in pair]
         return media.contact_sheet(rows, every=max(1, truth.shape[2] // 12))
 
@@ -300,11 +305,46 @@ def open_base(name: str, config: WorldTraining, dataset: Dataset, ratio: int, ch
             str(reference.get("name") or checkpoint.tokenizer.name), str(reference.get("fingerprint", ""))
         ),
     )
+    checkpoint = dataclasses.replace(checkpoint, text=_text(name, checkpoint, index.metadata.get("text_encoder")))
     if index.size is not None:
         checkpoint = dataclasses.replace(checkpoint, height=index.size[0], width=index.size[1])
     if index.fps is not None:
         checkpoint = dataclasses.replace(checkpoint, fps=float(index.fps))
     return Base(name, checkpoint, weights, sha256, old_actions, new_actions)
+
+
+def _text_encoder(name: str, config: WorldTraining, settings: PredictCheckpoint) -> Any:
+    """What encodes captions for the model ``name``; None where it takes no text, or text of another kind."""
+    preset = _preset(name)
+    model, encoder, tokens = settings.model, settings.text.name, settings.text.tokens
+    if preset:
+        model = getattr(importlib.import_module(_FAMILY), preset)()
+        model = configs.load(PredictConfig, base=dataclasses.asdict(model) | dict(config.model))
+        encoder = config.text_encoder
+    if not (model.context_dim and encoder):
+        return None
+    from worldloom_tokenizers import load_text_encoder
+
+    found = load_text_encoder(encoder, tokens)
+    return found if found.dim == (model.text_dim or model.context_dim) else None
+
+
+def _text(name: str, checkpoint: PredictCheckpoint, found: Mapping[str, Any] | None) -> TextEncoderRef:
+    """The text encoder that a checkpoint records, given what encoded the captions of its data.
+
+    Raises:
+        WorldloomError: the model was trained with another one.
+    """
+    if not found or not checkpoint.model.context_dim:
+        return checkpoint.text
+    wanted, fingerprint = checkpoint.text.fingerprint, str(found["fingerprint"])
+    if wanted and wanted != fingerprint:
+        raise WorldloomError(
+            f"the captions were encoded by another text encoder than the one {name} was trained with",
+            got=f"captions: {found['name']} {fingerprint[:12]}, model: {checkpoint.text.name} {wanted[:12]}",
+            do="encode the clips again: give the clips as --data",
+        )
+    return TextEncoderRef(str(found["name"]), fingerprint, int(found["tokens"]))
 
 
 def _names(index: DatasetIndex) -> tuple[str, ...]:

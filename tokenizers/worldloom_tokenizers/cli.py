@@ -68,6 +68,7 @@ def list_(as_json: bool) -> None:
 @click.option("--stride", type=_positive, help="Distance of windows.  [default: the window, no overlap]")
 @click.option("--size", type=Size(), default="64", show_default=True, help="Clips are cropped and resized to this.")
 @click.option("--batch-size", type=_positive, default=4, show_default=True, help="Windows at a time.")
+@click.option("--text-encoder", help="Encode the clips' captions too, e.g. with minilm.")
 @click.option("--pad", is_flag=True, help="Of a video file, encode the last frames too where they do not fill a group.")
 @_device
 def encode(
@@ -78,6 +79,7 @@ def encode(
     stride: int | None,
     size: tuple[int, int],
     batch_size: int,
+    text_encoder: str | None,
     pad: bool,
     device: str,
 ) -> None:
@@ -92,6 +94,7 @@ def encode(
     from worldloom.progress import progress
     from worldloom_tokenizers.encode import encode_dataset
     from worldloom_tokenizers.files import encode_file
+    from worldloom_tokenizers.text import load_text_encoder
 
     if pad and not Path(data).is_file():
         raise WorldloomError(
@@ -112,7 +115,7 @@ def encode(
     with progress("encoding") as shown:
         summary = encode_dataset(
             data, tokenizer, out, name=name, frames=frames, stride=stride, size=size, batch_size=batch_size,
-            progress=shown,
+            text_encoder=load_text_encoder(text_encoder, device=device) if text_encoder else None, progress=shown,
         )  # fmt: skip
     counts = {"windows": summary.windows, "clips": summary.clips, "short": summary.short, "left_out": summary.left_out}
     atomic_write(Path(out) / "summary.json", json.dumps({**counts, "tokenizer": name}, indent=1) + "\n")

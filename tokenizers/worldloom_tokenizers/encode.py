@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def window_of(clip: Clip, start: int, length: int, size: tuple[int, int]) -> Cli
 
 @torch.no_grad()
 def encode_dataset(
-    root: str | Path,
+    roots: str | Path | Sequence[str | Path],
     tokenizer: VideoTokenizer,
     out: str | Path,
     *,
@@ -92,7 +93,8 @@ def encode_dataset(
     Done already (same clips, tokenizer, windows and size): nothing is computed again.
 
     Args:
-        root: dataset of clips.
+        roots: a dataset of clips, or several to be encoded into one; where the sizes of their actions differ, their
+            actions are left out.
         name: the tokenizer's name or folder, for the record (a folder's whole path, so that a model trained on the
             latents finds it from anywhere); its fingerprint is recorded with it.
         frames: length T of a window, 1 + temporal_ratio * k.
@@ -115,11 +117,15 @@ def encode_dataset(
     if min(stride or 1, batch_size) < 1:
         raise WorldloomError("stride and batch_size must be positive", got=(stride, batch_size))
     stride = stride or frames
-    dataset = shards.open_dataset(root)
-    if dataset.index.kind != "clips":
-        raise WorldloomError("this dataset holds latents already", got=str(root), do="give the dataset of clips")
-    if not len(dataset):
-        raise WorldloomError("the dataset is empty", got=str(root), do="give one with clips")
+    roots = [roots] if isinstance(roots, (str, Path)) else list(roots)
+    datasets = [shards.open_dataset(root) for root in roots]
+    for root, dataset in zip(roots, datasets, strict=True):
+        if dataset.index.kind != "clips":
+            raise WorldloomError("this dataset holds latents already", got=str(root), do="give the dataset of clips")
+        if not len(dataset):
+            raise WorldloomError("the dataset is empty", got=str(root), do="give one with clips")
+    source = " ".join(dataset.index.id for dataset in datasets)
+    with_actions = len({dataset.index.action_dim for dataset in datasets}) == 1
     out = Path(out)
     fingerprint = tokenizer.fingerprint
     name = recorded_name(name)
@@ -128,7 +134,7 @@ def encode_dataset(
     if text_encoder is not None:
         text = {"name": text_encoder.name, "fingerprint": text_encoder.fingerprint, "tokens": text_encoder.tokens}
         config["text_encoder"] = text
-    done = _done(out, dataset.index.id, config)
+    done = _done(out, source, config)
     if done is not None:
         return done
 
@@ -136,7 +142,8 @@ def encode_dataset(
     discrete = int(getattr(tokenizer, "codebook_size", 0)) > 0
     counts = {"windows": 0, "clips": 0, "short": 0, "left_out": 0}
     with shards.ShardWriter(out, kind="latents") as writer:
-        for done_clips, sample in enumerate(stream(root), start=1):
+        samples = itertools.chain.from_iterable(stream(root) for root in roots)
+        for done_clips, sample in enumerate(samples, start=1):
             assert sample.video is not None
             pixels = media.read_frames(sample.video, size=size)
             starts = list(windows(len(pixels), frames, stride))
@@ -156,12 +163,15 @@ def encode_dataset(
                     if words is not None:
                         arrays["text"] = words.to("cpu", torch.float16).numpy()
                     for key in ("actions", "rewards"):
-                        if key in sample.arrays:
+                        if key in sample.arrays and (with_actions or key != "actions"):
                             arrays[key] = sample.arrays[key][start : start + frames - 1]
-                    writer.write(shards.ShardSample(window_of(sample.clip, start, frames, size), None, arrays))
+                    clip = window_of(sample.clip, start, frames, size)
+                    if not with_actions:
+                        clip = replace(clip, action_dim=0)
+                    writer.write(shards.ShardSample(clip, None, arrays))
                     counts["windows"] += 1
             if progress is not None:
-                progress(done_clips, len(dataset))
+                progress(done_clips, sum(map(len, datasets)))
         if not counts["windows"]:
             raise WorldloomError(
                 "no clip is long enough for a window",
@@ -175,16 +185,22 @@ def encode_dataset(
         kind="latents",
         tokenizer={"name": name, "fingerprint": fingerprint, "temporal_ratio": ratio, "spatial_ratio": edge},
         metadata={
-            **dataset.index.metadata,
+            **_common([dataset.index.metadata for dataset in datasets]),
             "encode": config,
-            "source": dataset.index.id,
+            "source": source,
             "counts": counts,
             "text_encoder": text,
         },
-        inputs=[dataset.index.id, f"model:{name}@{fingerprint}"],
+        inputs=[*source.split(), f"model:{name}@{fingerprint}"],
         config=config,
     )
     return EncodeSummary(**counts)
+
+
+def _common(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What all agree on."""
+    first, *others = facts
+    return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
 
 
 def _done(out: Path, source: str, config: dict) -> EncodeSummary | None:

@@ -19,8 +19,8 @@ from worldloom_model_zoo.predict.config import PredictCheckpoint
 
 def read_conditioning(
     request: GenerationRequest, config: PredictCheckpoint, ratio: int
-) -> tuple[Tensor, Tensor | None]:
-    """The start ``(1, 3, T0, H, W)`` and the actions ``(1, n, a)`` of a request.
+) -> tuple[Tensor | None, Tensor | None]:
+    """The start ``(1, 3, T0, H, W)`` and the actions ``(1, n, a)`` of a request; a text alone needs no start.
 
     A video start takes its last ``1 + ratio k`` frames, at most ``sampler.context_frames``. Actions count from its
     first frame; where there are only as many as new frames, the given frames get the null action's zeros before them.
@@ -28,29 +28,28 @@ def read_conditioning(
     Raises:
         WorldloomError: no image or video, both, text for a model without text, actions that do not fit.
     """
-    if request.prompt:
+    if request.prompt and not config.text.name:
         raise WorldloomError(
             "this checkpoint has no text encoder" if config.model.context_dim else "this model takes no text",
             got=request.prompt,
             do="leave --prompt out, or use a text-conditioned model",
         )
-    if bool(request.image) == bool(request.video):
+    if (request.image and request.video) or not (request.image or request.video or request.prompt):
         raise WorldloomError(
-            "a start is needed: an image or a video, one of them",
+            "a start is needed: an image or a video, one of them" + (", or a text alone" if config.text.name else ""),
             got=f"image={request.image!r}, video={request.video!r}",
-            do="give --image FILE or --video FILE",
+            do="give --image FILE or --video FILE" + (", or only --prompt TEXT" if config.text.name else ""),
         )
     size = (config.height, config.width)
+    start = None
     if request.image:
-        frames = media.fit(media.read_image(request.image)[None], size)
-    else:
-        assert request.video is not None
-        frames = _last_frames(request.video, size, config.sampler.context_frames, ratio)
-    start = media.to_tensor(frames)
+        start = media.to_tensor(media.fit(media.read_image(request.image)[None], size))
+    elif request.video:
+        start = media.to_tensor(_last_frames(request.video, size, config.sampler.context_frames, ratio))
     actions = None
     if request.actions:
         actions = read_actions(Path(request.actions), config)
-        known = start.shape[2] - 1
+        known = start.shape[2] - 1 if start is not None else 0
         if request.frames is not None and known and actions.shape[1] == request.frames - 1 - known:
             actions = torch.cat([actions.new_zeros(1, known, actions.shape[2]), actions], dim=1)
     return start, actions

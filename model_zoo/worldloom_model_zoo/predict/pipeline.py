@@ -5,7 +5,7 @@ Letters: b batch, t latent frames, T video frames, r frames in a latent frame, H
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -40,6 +40,7 @@ class PredictPipeline:
         self.ref = ref
         self.sampler: SamplerConfig = config.sampler
         self._world: _World | None = None
+        self._encoder: Any = None
 
     @property
     def device(self) -> torch.device:
@@ -68,9 +69,9 @@ class PredictPipeline:
         """
         request, start, actions = self._read(request)
         assert request.frames is not None
-        sampler = self._sampler(request)
+        sampler, text = self._sampler(request), [request.prompt] if request.prompt else None
         return self.generate_video(
-            start, actions, request.frames, seed=request.seed, sampler=sampler, progress=progress
+            start, actions, request.frames, text=text, seed=request.seed, sampler=sampler, progress=progress
         )
 
     def complete(self, request: GenerationRequest) -> GenerationRequest:
@@ -86,12 +87,35 @@ class PredictPipeline:
             "checkpoint": asdict(self.config),
         }
 
-    def _read(self, request: GenerationRequest) -> tuple[GenerationRequest, Tensor, Tensor | None]:
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Texts -> vectors ``(b, m, text_dim)``, by the encoder that the checkpoint names.
+
+        Raises:
+            WorldloomError: the model has none, it is not installed, or it is another one than in training.
+        """
+        ref = self.config.text
+        if not ref.name:
+            raise WorldloomError("this model takes no text", got=list(texts), do="use a text-conditioned model")
+        if self._encoder is None:
+            from worldloom_tokenizers import load_text_encoder
+
+            encoder = load_text_encoder(ref.name, ref.tokens)
+            if ref.fingerprint and encoder.fingerprint != ref.fingerprint:
+                raise WorldloomError(
+                    "the model was trained with another text encoder",
+                    got=f"{ref.name} {encoder.fingerprint[:12]}, the model wants {ref.fingerprint[:12]}",
+                    do="install the version of its package that the model was trained with",
+                )
+            self._encoder = encoder
+        return self._encoder.encode(texts).to(self.device)
+
+    def _read(self, request: GenerationRequest) -> tuple[GenerationRequest, Tensor | None, Tensor | None]:
         """The completed request, with the start and the actions that it names."""
         start, actions = read_conditioning(request, self.config, self.frames_per_step)
         frames = request.frames
         if frames is None:
-            frames = start.shape[2] + 16 if actions is None else actions.shape[1] + 1
+            given = start.shape[2] if start is not None else 1
+            frames = given + 16 if actions is None else actions.shape[1] + 1
         self._check(start, actions, frames)
         sampler = self._sampler(request)
         fps = self.config.fps if request.fps is None else request.fps
@@ -104,13 +128,13 @@ class PredictPipeline:
         given = {"steps": request.steps, "guidance_scale": request.guidance_scale}
         return replace(self.sampler, **{key: value for key, value in given.items() if value is not None})
 
-    def _check(self, start: Tensor, actions: Tensor | None, frames: int) -> None:
-        ratio = self.frames_per_step
-        if (frames - 1) % ratio or frames <= start.shape[2]:
+    def _check(self, start: Tensor | None, actions: Tensor | None, frames: int) -> None:
+        ratio, given = self.frames_per_step, start.shape[2] if start is not None else 0
+        if (frames - 1) % ratio or frames <= given:
             raise WorldloomError(
-                f"the number of frames must be 1 + {ratio}k and exceed the {start.shape[2]} given",
+                f"the number of frames must be 1 + {ratio}k and exceed the {given} given",
                 got=frames,
-                do=f"use {max((frames - 1) // ratio, (start.shape[2] - 1) // ratio + 1) * ratio + 1}",
+                do=f"use {max((frames - 1) // ratio, -(-given // ratio)) * ratio + 1}",
             )
         if actions is not None and actions.shape[1] != frames - 1:
             raise WorldloomError(
@@ -120,10 +144,11 @@ class PredictPipeline:
     @torch.no_grad()
     def generate_video(
         self,
-        start: Tensor,
+        start: Tensor | None,
         actions: Tensor | None,
         frames: int,
         *,
+        text: Sequence[str] | Tensor | None = None,
         seed: int = 0,
         sampler: SamplerConfig | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -131,36 +156,49 @@ class PredictPipeline:
         """Continue ``start (b, 3, T0, H, W)``, T0 = 1 + r k, to ``frames`` = T video frames; the given frames are kept.
 
         Args:
-            actions: ``(b, T-1, a)`` from the first given frame on; None for the null action.
+            start: None where a text alone says what to show.
+            actions: ``(b, T-1, a)`` from the first frame on; None for the null action.
+            text: one for each row, or their vectors ``(b, m, text_dim)``.
             seed: of the noise; row i of a batch draws from seed + i, so a row does not depend on its batch.
             progress: called with (sampler steps done, sampler steps in all); may raise to stop.
 
         Raises:
-            WorldloomError: lengths that do not fit.
+            WorldloomError: lengths that do not fit, or neither start nor text.
         """
         self._check(start, actions, frames)
         ratio, sampler = self.frames_per_step, sampler or self.sampler
-        start = start.to(self.device)
-        context = self.tokenizer.encode(start)
+        vectors = text if text is None or isinstance(text, Tensor) else self.encode_text(text)
+        if start is not None:
+            start = start.to(self.device)
+            context = self.tokenizer.encode(start)
+        elif vectors is not None:
+            edge = self.tokenizer.spatial_ratio
+            size = (self.config.height // edge, self.config.width // edge)
+            context = next(self.model.parameters()).new_zeros(len(vectors), self.tokenizer.latent_channels, 0, *size)
+        else:
+            raise WorldloomError("a start is needed, or a text", got="neither")
         if self.model.config.attention == "causal":
-            world = _World(self.model, sampler, start.shape[0], seed)
-            known = (context.shape[2] - 1) * ratio
-            tick = _ticker(progress, (frames - 1 - known) // ratio * sampler.steps)
-            world.observe(context, None if actions is None else actions[:, :known].to(self.device))
+            t, known = 1 + (frames - 1) // ratio, context.shape[2]
+            world = _World(self.model, sampler, len(context), seed, vectors)
+            tick = _ticker(progress, (t - known) * sampler.steps)
+            chosen = None if actions is None else actions.to(self.device)
+            world.observe(context, None if chosen is None else chosen[:, : max(known - 1, 0) * ratio])
             parts = [context]
-            for index in range(known, frames - 1, ratio):
-                chosen = None if actions is None else actions[:, index : index + ratio].to(self.device)
-                parts.append(world.advance(chosen, tick))
+            for index in range(known, t):  # latent frame i >= 1 is led to by actions r (i - 1) to r i
+                led = None if chosen is None or not index else chosen[:, (index - 1) * ratio : index * ratio]
+                parts.append(world.advance(led, tick))
             latents = torch.cat(parts, dim=2)
         else:
-            latents = self._denoise_jointly(context, actions, 1 + (frames - 1) // ratio, seed, sampler, progress)
+            t = 1 + (frames - 1) // ratio
+            latents = self._denoise_jointly(context, actions, vectors, t, seed, sampler, progress)
         video = self.tokenizer.decode(latents)
-        return torch.cat([start, video[:, :, start.shape[2] :]], dim=2)
+        return video if start is None else torch.cat([start, video[:, :, start.shape[2] :]], dim=2)
 
     def _denoise_jointly(
         self,
         context: Tensor,
         actions: Tensor | None,
+        text: Tensor | None,
         t: int,
         seed: int,
         sampler: SamplerConfig,
@@ -178,18 +216,20 @@ class PredictPipeline:
         def velocity(x: Tensor, level: float) -> Tensor:
             levels = torch.cat([context.new_zeros(b, known), context.new_full((b, t - known), level)], dim=1)
             whole = torch.cat([context, x], dim=2)
-            made = self._guided(whole, levels, actions, given, sampler.guidance_scale)[:, :, known:]
+            made = self._guided(whole, levels, actions, text, given, sampler.guidance_scale)[:, :, known:]
             tick()
             return made
 
         made = flow_euler(velocity, noise, flow_levels(sampler.steps, sampler.shift))
         return torch.cat([context, made], dim=2)
 
-    def _guided(self, x: Tensor, levels: Tensor, actions: Tensor | None, given: Tensor, scale: float) -> Tensor:
-        conditional = self.model(x, levels, actions, condition_mask=given)
-        if scale == 1 or actions is None:
+    def _guided(
+        self, x: Tensor, levels: Tensor, actions: Tensor | None, text: Tensor | None, given: Tensor, scale: float
+    ) -> Tensor:
+        conditional = self.model(x, levels, actions, text, condition_mask=given)
+        if scale == 1 or (actions is None and text is None):
             return conditional
-        return guide(conditional, self.model(x, levels, None, condition_mask=given), scale)
+        return guide(conditional, self.model(x, levels, None, None, condition_mask=given), scale)
 
     # -- Steps ----------------------------------------------------------------------------------------------------
 
@@ -228,8 +268,10 @@ class PredictPipeline:
 class _World:
     """The state of one rollout: what the model has seen, the decoder's state, the noise streams."""
 
-    def __init__(self, model: PredictTransformer, sampler: SamplerConfig, batch: int, seed: int) -> None:
-        self.model, self.sampler = model, sampler
+    def __init__(
+        self, model: PredictTransformer, sampler: SamplerConfig, batch: int, seed: int, text: Tensor | None = None
+    ) -> None:
+        self.model, self.sampler, self.text = model, sampler, text
         self.cache = KVCache()
         self.decoder_state: dict[Any, Tensor] = {}
         self.generators = _generators(batch, seed)
@@ -241,25 +283,26 @@ class _World:
         """Take clean latent frames ``(b, c, t, h, w)`` and the actions that led to them into the cache."""
         b, c, t, h, w = latents.shape
         self.shape = (c, 1, h, w)
+        if not t:
+            return
         level = latents.new_full((b, t), self.sampler.context_noise)
         if self.sampler.context_noise:
             noise = _noise(self.generators, (c, t, h, w), latents)
             latents = flow_interpolate(latents, noise, level)
-        self.model(latents, level, actions, cache=self.cache, commit=True)
+        self.model(latents, level, actions, self.text, cache=self.cache, commit=True)
 
     def advance(self, actions: Tensor | None, tick: Callable[[], None] = lambda: None) -> Tensor:
         """Sample the next latent frame ``(b, c, 1, h, w)``; `tick` after each step."""
         if self.newest is not None:
             self.observe(*self.newest)
-        reference = self.cache.keys[0]
-        noise = _noise(self.generators, self.shape, reference)
+        noise = _noise(self.generators, self.shape, next(self.model.parameters()))
         b, scale = len(self.generators), self.sampler.guidance_scale
 
         def velocity(x: Tensor, level: float) -> Tensor:
             levels = x.new_full((b, 1), level)
-            made = self.model(x, levels, actions, cache=self.cache)
-            if scale != 1 and actions is not None:
-                made = guide(made, self.model(x, levels, None, cache=self.cache), scale)
+            made = self.model(x, levels, actions, self.text, cache=self.cache)
+            if scale != 1 and (actions is not None or self.text is not None):
+                made = guide(made, self.model(x, levels, None, None, cache=self.cache), scale)
             tick()
             return made
 
