@@ -1,11 +1,15 @@
-"""The objective of world models: a pure function of a model, a batch and a generator.
+"""The objectives of world models: pure functions of a model, a batch, a configuration and a CPU generator.
 
-Letters: b batch, t latent frames, c channels, h w latent size.
+What they share is here: which frames are context and which are noisy, and what is dropped; with it the losses of
+rectified flow, alone or jointly with that of the actions, and of EDM. Those of few-step models are in `.distillation`,
+which also chooses among all of them (`world_loss`); rollouts under a model's own errors in `.self_forcing`.
+
+Letters: b batch, t latent frames, c channels, h w latent size, r actions between latent frames, a action size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -13,16 +17,25 @@ from torch import Tensor, nn
 
 from worldloom.errors import WorldloomError
 from worldloom.schema import LatentBatch
-from worldloom_model_zoo.samplers import flow_interpolate, shift_noise_level
+from worldloom_finetune.self_forcing import roll_out
+from worldloom_model_zoo.samplers import flow_interpolate, flow_levels, shift_noise_level
+
+_SIGMA_MIN = 0.002  # the least noise of EDM
 
 
 @dataclass(frozen=True)
-class FlowConfig:
-    """Rectified flow with a noise level per latent frame."""
+class ObjectiveConfig:
+    """What a world model is trained for."""
 
+    kind: Literal["flow", "edm", "distill", "shortcut"] = "flow"
+    """``flow``: the velocity of rectified flow. ``edm``: the denoiser of Karras et al. 2022. ``distill``: a frozen copy
+    of the base as teacher, whose many sampler steps the model learns to make in ``steps``. ``shortcut``: flow, and
+    steps of every size that agree with two of half the size (Frans et al. 2024); for models with ``step_size``."""
     context: Literal["prefix", "independent", "mixed"] = "mixed"
     """``prefix``: a random number of first frames is nearly clean, the rest noisy (what sampling meets).
     ``independent``: every frame has its own level (diffusion forcing, Chen et al. 2024). ``mixed``: half of each."""
+    shared_level: bool = False
+    """Noisy frames of a sample share one level, as where all frames are sampled at once (full attention)."""
     context_noise: float = 0.1
     """Prefix frames get a level uniform in [0, this]."""
     logit_mean: float = 0.0
@@ -37,21 +50,149 @@ class FlowConfig:
     """Share of samples that get the null text, so that guidance on text is possible."""
     pixel_weighting: float = 0.0
     """Exponent p: a latent channel weighs (its part in the error of pixels) ** p. 0: all alike; 1: as pixels do."""
+    action_weight: float = 0.0
+    """Weight of the actions' velocity in the loss, for models with ``action_head``; 0 leaves actions clean."""
+    modes: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """With ``action_weight``: how often a sample trains forward dynamics (clean actions, noisy frames), inverse dynamics
+    (noisy actions, clean frames) and policy (both noisy, each at its own level), relative to each other."""
+    rollout_share: float = 0.0
+    """Share of samples whose last context frames are the model's own, sampled as in use (self forcing, Huang et al. 2025),
+    so that its errors are met in training. For causal models."""
+    rollout_frames: int = 3
+    """Latent frames of such a rollout, at most."""
+    rollout_steps: int = 2
+    """Sampler steps of each of them; ``distill`` takes ``steps``."""
+    steps: int = 2
+    """``distill``: sampler steps that remain. ``shortcut``: the largest number of steps, a power of two."""
+    teacher_substeps: int = 8
+    """``distill``: teacher's steps for one of the model's."""
+    teacher_guidance: float = 1.0
+    """``distill``: the teacher's guidance on actions and text; the model then needs none."""
+    bootstrap_share: float = 0.25
+    """``shortcut``: share of samples that train steps longer than the shortest."""
+    sigma_data: float = 0.5
+    """``edm``: standard deviation of the latents."""
+    sigma_mean: float = -0.4
+    """``edm``: mean of the logarithm of sigma (-0.4 in DIAMOND, Alonso et al. 2024)."""
+    sigma_std: float = 1.2
+    """``edm``: its standard deviation."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.teacher_substeps < 1 or self.rollout_steps < 1 or self.rollout_frames < 1:
+            raise WorldloomError("objective: steps, teacher_substeps, rollout_steps and rollout_frames are 1 or more")
+        if not 0 <= self.rollout_share <= 1 or not 0 <= self.bootstrap_share <= 1:
+            raise WorldloomError("objective: rollout_share and bootstrap_share are in [0, 1]")
+        if min(self.modes) < 0 or sum(self.modes) <= 0:
+            raise WorldloomError("objective.modes are three weights, not all zero", got=self.modes)
+        if self.kind == "shortcut" and self.steps & (self.steps - 1):
+            raise WorldloomError("objective.steps of a shortcut model is a power of two", got=self.steps, do="use 32")
+        if self.kind in ("edm", "shortcut") and (self.rollout_share or self.action_weight):
+            raise WorldloomError(
+                f"objective.kind = {self.kind!r} has neither rollouts nor actions of its own",
+                do="set rollout_share and action_weight to 0",
+            )
 
 
-def noise_levels(b: int, t: int, config: FlowConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Noise level of each frame ``(b, t)`` and its loss weight ``(b, t)``: 0 on a clean prefix, else 1."""
-    logit = torch.randn(b, t, generator=generator) * config.logit_std + config.logit_mean
-    level = shift_noise_level(torch.sigmoid(logit), config.shift)
-    prefix = torch.randint(1, max(t, 2), (b, 1), generator=generator)  # at least one context frame, one noisy one
+FlowConfig = ObjectiveConfig
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What is random about the loss of one batch, on the latents' device."""
+
+    latents: Tensor
+    """``(b, c, t, h, w)`` what the model is shown, before noise: the truth, or frames of its own in the context."""
+    level: Tensor
+    """``(b, t)`` noise level of each frame."""
+    weight: Tensor
+    """``(b, t)`` 1 at frames that are to be denoised, 0 at context."""
+    noise: Tensor
+    """``(b, c, t, h, w)``."""
+    keep_action: Tensor
+    """``(b,)`` False where a sample gets the null action."""
+    keep_text: Tensor | None
+    """``(b,)`` False where a sample gets the null text; None without text."""
+
+    @property
+    def noisy(self) -> Tensor:
+        """What the model is shown: ``(b, c, t, h, w)``."""
+        return flow_interpolate(self.latents, self.noise, self.level)
+
+    @property
+    def masks(self) -> dict[str, Any]:
+        """The dropped actions and texts, as the model takes them."""
+        return {"action_mask": self.keep_action, "text_mask": self.keep_text}
+
+
+def noise_levels(
+    b: int, t: int, config: ObjectiveConfig, generator: torch.Generator, prefix: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Noise level of each frame ``(b, t)`` and its loss weight ``(b, t)``: 0 on a clean prefix, else 1.
+
+    ``prefix (b, 1)`` gives the number of context frames, where it is not to be drawn.
+    """
+    logit = torch.randn(b, 1 if config.shared_level else t, generator=generator) * config.logit_std + config.logit_mean
+    level = shift_noise_level(torch.sigmoid(logit), config.shift).expand(b, t)
+    drawn = torch.randint(1, max(t, 2), (b, 1), generator=generator)  # at least one context frame, one noisy one
     context = torch.rand(b, t, generator=generator) * config.context_noise
     independent = torch.rand(b, 1, generator=generator) < 0.5
-    if config.context == "prefix":
+    if prefix is not None or config.context == "prefix":
         independent = torch.zeros_like(independent)
     elif config.context == "independent":
         independent = torch.ones_like(independent)
-    is_context = (torch.arange(t)[None] < prefix) & ~independent & (t > 1)
+    is_context = (torch.arange(t)[None] < (drawn if prefix is None else prefix)) & ~independent & (t > 1)
     return torch.where(is_context, context, level), (~is_context).float()
+
+
+def step_levels(
+    b: int, t: int, config: ObjectiveConfig, generator: torch.Generator, prefix: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `noise_levels`, but noisy frames are at one of the levels that ``steps`` sampler steps start from."""
+    level, weight = noise_levels(b, t, config, generator, prefix)
+    index = torch.randint(config.steps, (b, 1 if config.shared_level else t), generator=generator)
+    start = flow_levels(config.steps, config.shift, dtype=torch.float32)[index].expand(b, t)
+    return torch.where(weight > 0, start, level), weight
+
+
+def draw(model: nn.Module, batch: LatentBatch, config: ObjectiveConfig, generator: torch.Generator) -> Drawn:
+    """Noise levels, noise and what is dropped; a ``rollout_share`` of the samples with frames of the model's own."""
+    latents = batch.latents
+    b, _, t = latents.shape[:3]
+    levels = step_levels if config.kind == "distill" else noise_levels
+    level, weight = levels(b, t, config, generator)
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    keep_action = torch.rand(b, generator=generator) >= config.action_dropout
+    keep_text = None
+    if batch.text is not None:
+        keep_text = (torch.rand(b, generator=generator) >= config.text_dropout).to(latents.device)
+    level, weight, keep_action = (x.to(latents.device) for x in (level, weight, keep_action))
+    drawn = Drawn(latents, level, weight, noise, keep_action, keep_text)
+
+    frames = min(config.rollout_frames, t - 2)  # one given before them, one to be denoised after them
+    if not config.rollout_share or frames < 1:
+        return drawn
+    rows = max(1, round(config.rollout_share * b))
+    start = int(torch.randint(1, t - frames, (1,), generator=generator))
+    prefix = start + torch.randint(1, frames + 1, (rows, 1), generator=generator)
+    changed, changed_weight = levels(rows, t, config, generator, prefix)
+    steps = config.steps if config.kind == "distill" else config.rollout_steps
+    own = roll_out(
+        model,
+        LatentBatch(*(None if x is None else x[:rows] for x in (latents, batch.actions, batch.text))),  # type: ignore[arg-type]
+        start=start,
+        frames=frames,
+        levels=flow_levels(steps, config.shift if config.kind == "distill" else 1.0),
+        context_noise=config.context_noise,
+        generator=generator,
+        masks={name: None if x is None else x[:rows] for name, x in drawn.masks.items()},
+    )
+    shown = latents.clone()
+    shown[:rows, :, start : start + frames] = own
+    target = changed_weight.to(latents.device).bool()[:, None, :, None, None]  # frames to be denoised are true ones
+    shown[:rows] = torch.where(target, latents[:rows], shown[:rows])
+    level, weight = level.clone(), weight.clone()
+    level[:rows], weight[:rows] = changed.to(level), changed_weight.to(weight)
+    return replace(drawn, latents=shown, level=level, weight=weight)
 
 
 @torch.no_grad()
@@ -77,10 +218,36 @@ def channel_weights(tokenizer: Any, latents: Tensor, exponent: float) -> Tensor:
     return weights / weights.mean()
 
 
+def frame_loss(made: Tensor, wanted: Tensor, drawn: Drawn, weights: Tensor | None) -> tuple[Tensor, dict[str, float]]:
+    """Mean squared error over the frames that are not context, and that of the frames at more than half noise."""
+    squares = (made - wanted).square()
+    if weights is not None:
+        squares = squares * weights.to(squares)[None, :, None, None, None]
+    error = squares.mean(dim=(1, 3, 4))  # (b, c, t, h, w) -> (b, t)
+    loss = (error * drawn.weight).sum() / drawn.weight.sum().clamp_min(1)
+    high = (drawn.level > 0.5) & (drawn.weight > 0)
+    return loss, {"loss_high_noise": float(error.detach()[high].mean())} if bool(high.any()) else {}
+
+
+def finite(loss: Tensor) -> Tensor:
+    """The loss.
+
+    Raises:
+        WorldloomError: if it is not finite.
+    """
+    if not torch.isfinite(loss):
+        raise WorldloomError(
+            "the training loss is not finite",
+            got=loss.item(),
+            do="lower optim.lr, or check the latents for values that are not finite",
+        )
+    return loss
+
+
 def rectified_flow_loss(
     model: nn.Module,
     batch: LatentBatch,
-    config: FlowConfig,
+    config: ObjectiveConfig,
     generator: torch.Generator,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
@@ -92,29 +259,106 @@ def rectified_flow_loss(
     Raises:
         WorldloomError: if the loss is not finite.
     """
-    latents = batch.latents
-    b, _, t = latents.shape[:3]
-    level, weight = noise_levels(b, t, config, generator)
-    noise = torch.randn(latents.shape, generator=generator).to(latents)
-    keep_action = torch.rand(b, generator=generator) >= config.action_dropout
-    level, weight, keep_action = (x.to(latents.device) for x in (level, weight, keep_action))
-    keep_text = None
-    if batch.text is not None:
-        keep_text = (torch.rand(b, generator=generator) >= config.text_dropout).to(latents.device)
+    drawn = draw(model, batch, config, generator)
+    velocity = model(drawn.noisy, drawn.level, batch.actions, batch.text, **drawn.masks)
+    loss, metrics = frame_loss(velocity, drawn.noise - batch.latents, drawn, weights)
+    return finite(loss), metrics
 
-    noisy = flow_interpolate(latents, noise, level)
-    velocity = model(noisy, level, batch.actions, batch.text, action_mask=keep_action, text_mask=keep_text)
-    squares = (velocity - (noise - latents)).square()
-    if weights is not None:
-        squares = squares * weights.to(squares)[None, :, None, None, None]
-    error = squares.mean(dim=(1, 3, 4))  # (b, c, t, h, w) -> (b, t)
-    loss = (error * weight).sum() / weight.sum().clamp_min(1)
-    if not torch.isfinite(loss):
-        raise WorldloomError(
-            "the training loss is not finite",
-            got=loss.item(),
-            do="lower optim.lr, or check the latents for values that are not finite",
-        )
-    high = (level > 0.5) & (weight > 0)
-    metrics = {"loss_high_noise": float(error.detach()[high].mean())} if bool(high.any()) else {}
-    return loss, metrics
+
+def edm_loss(
+    model: nn.Module,
+    batch: LatentBatch,
+    config: ObjectiveConfig,
+    generator: torch.Generator,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """Denoising under EDM (Karras et al. 2022, table 1 and eq. 8), with a sigma per frame.
+
+    The network F sees c_in x and, as its timestep, c_noise = ln(sigma) / 4; the denoiser is D = c_skip x + c_out F, what
+    `worldloom_model_zoo.samplers.edm_denoiser` samples from. With the weight 1 / c_out^2 the loss is the mean squared
+    error of F. ln(sigma) is normal; context frames have a sigma uniform in [0, context_noise], at least 0.002.
+
+    Raises:
+        WorldloomError: if the loss is not finite.
+    """
+    drawn = draw(model, batch, config, generator)
+    b, t = drawn.level.shape
+    normal = torch.randn(b, 1 if config.shared_level else t, generator=generator)
+    sigma = (normal * config.sigma_std + config.sigma_mean).exp().expand(b, t).to(batch.latents)
+    sigma = torch.where(drawn.weight > 0, sigma, drawn.level.to(sigma)).clamp_min(_SIGMA_MIN)
+    drawn = replace(drawn, level=sigma / (1 + sigma))
+    each, data = sigma[:, None, :, None, None], config.sigma_data  # (b, t) -> (b, 1, t, 1, 1)
+    whole = each.square() + data**2
+    noisy = batch.latents + each * drawn.noise
+    made = model(noisy * whole.rsqrt(), sigma.log() / 4, batch.actions, batch.text, **drawn.masks)
+    wanted = (batch.latents - data**2 / whole * noisy) * whole.sqrt() / (each * data)
+    loss, metrics = frame_loss(made, wanted, drawn, weights)
+    return finite(loss), metrics
+
+
+def joint_levels(
+    drawn: Drawn, config: ObjectiveConfig, generator: torch.Generator
+) -> tuple[Drawn, Tensor, Tensor, Tensor]:
+    """Frames and actions at noise levels of their own: every sample takes one of the three ``modes``.
+
+    Returns:
+        `drawn` with all frames context where a sample trains inverse dynamics; levels ``(b, t-1)`` of the actions that
+        lead to each latent frame; the weights ``(b, t-1)`` of their errors, 1 at noisy actions; and the samples' modes
+        ``(b,)``, 0 forward dynamics, 1 inverse dynamics, 2 policy.
+    """
+    b, t = drawn.level.shape
+    mode = torch.multinomial(torch.tensor(config.modes), b, replacement=True, generator=generator)
+    logit = torch.randn(b, 1, generator=generator) * config.logit_std + config.logit_mean
+    context = torch.rand(b, t, generator=generator) * config.context_noise
+    device = drawn.level.device
+    mode, level, context = mode.to(device), torch.sigmoid(logit).to(device), context.to(device)
+
+    inverse = (mode == 1)[:, None]
+    drawn = replace(
+        drawn,
+        level=torch.where(inverse, context, drawn.level),
+        weight=torch.where(inverse, torch.zeros_like(drawn.weight), drawn.weight),
+    )
+    noisy = inverse | ((mode == 2)[:, None] & (drawn.weight[:, 1:] > 0))  # a policy's past actions are known
+    return drawn, torch.where(noisy, level, 0), noisy.float(), mode
+
+
+def joint_loss(
+    model: nn.Module,
+    batch: LatentBatch,
+    config: ObjectiveConfig,
+    generator: torch.Generator,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """Velocity of the frames plus ``action_weight`` times that of the actions (Unified World Models, Zhu et al. 2025).
+
+    Frames and actions have noise levels of their own, so that one network learns forward dynamics, inverse dynamics
+    and a policy: see `joint_levels`. Samples with the null action have no action error.
+
+    Raises:
+        WorldloomError: data without actions, or a loss that is not finite.
+    """
+    if batch.actions is None:
+        raise WorldloomError("objective.action_weight needs data with actions", do="set objective.action_weight = 0")
+    drawn, level, weight, mode = joint_levels(draw(model, batch, config, generator), config, generator)
+    actions, r = batch.actions, batch.actions.shape[1] // level.shape[1]
+    noise = torch.randn(actions.shape, generator=generator).to(actions)
+    each = level.to(actions).repeat_interleave(r, dim=1)[..., None]  # (b, t-1) -> (b, r*(t-1), 1)
+    velocity, action_velocity = model(
+        drawn.noisy,
+        drawn.level,
+        (1 - each) * actions + each * noise,
+        batch.text,
+        **drawn.masks,
+        action_timestep=level,
+        return_actions=True,
+    )
+    loss, metrics = frame_loss(velocity, drawn.noise - batch.latents, drawn, weights)
+    squares = (action_velocity - (noise - actions)).square().mean(dim=2).unflatten(1, (-1, r)).mean(dim=2)  # (b, t-1)
+    weight = weight * drawn.keep_action[:, None]
+    action_loss = (squares * weight).sum() / weight.sum().clamp_min(1)
+    for name, which in (("inverse", 1), ("policy", 2)):
+        counted = weight * (mode == which)[:, None]
+        if bool(counted.any()):
+            metrics[f"loss_{name}"] = float((squares.detach() * counted).sum() / counted.sum())
+    return finite(loss + config.action_weight * action_loss), metrics

@@ -24,7 +24,7 @@ class Oracle(torch.nn.Module):
         self.clean, self.bias = clean, bias
         self.kept: list[bool] = []
 
-    def forward(self, x, level, actions, text, *, action_mask):
+    def forward(self, x, level, actions, text, *, action_mask, text_mask):
         self.kept += action_mask.tolist()
         level = level[:, None, :, None, None]
         return (x - self.clean) / level.clamp_min(1e-3) + self.bias  # x = clean + level (noise - clean)

@@ -33,6 +33,11 @@ class PredictConfig:
     """Epsilon of the query and key norm; diffusers uses 1e-5."""
     rope_ratios: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """NTK extrapolation of the rotary embedding along time, height and width."""
+    base_fps: float = 0.0
+    """Frame positions are multiplied by base_fps over the video's rate (Cosmos 1: 24); 0 for plain frame numbers."""
+    learned_positions: tuple[int, int, int] = (0, 0, 0)
+    """Latent frames, rows and columns of tokens that have a learned position besides the rotary one (Cosmos 1:
+    128, 120, 120); zeros for none."""
     timestep_scale: float = 1000.0
     """The noise level in [0, 1] is multiplied by this before its sinusoidal embedding; Cosmos 2.5 uses 1."""
     condition_mask: bool = False
@@ -51,15 +56,27 @@ class PredictConfig:
     """Actions between two latent frames: the tokenizer's temporal ratio."""
     action_hidden: int = 256
     """Hidden size of the two action MLPs."""
+    action_layout: Literal["frame", "cosmos-frame", "cosmos-chunk"] = "frame"
+    """How actions enter. ``frame``: per latent frame, after the norm of the timestep. The other two are what is released
+    of Cosmos, before the norm and with GELU: per latent frame, none at conditioning frames; or a whole chunk at once."""
+    action_chunk: int = 12
+    """Actions of a chunk in the layout ``cosmos-chunk``."""
     action_head: bool = False
     """Actions have a noise level of their own and are predicted too: forward dynamics, inverse dynamics and policy in
     one network (Zhu et al. 2025)."""
+    step_size: bool = False
+    """The network is told how far a sampler's step goes: a shortcut model (Frans et al. 2024)."""
     attention: Literal["full", "causal"] = "causal"
     """``full``: every frame sees every frame. ``causal``: it sees itself and earlier ones, so it can be stepped."""
     window: int = 0
     """Latent frames that a frame sees in causal attention, itself included; 0 for all."""
     sink: int = 0
     """Latent frames at the beginning that every frame sees besides its window (Xiao et al. 2024)."""
+    views: int = 0
+    """Cameras that have a learned embedding: their videos follow one another along time, each with its own text; 0 for
+    a model of one view."""
+    view_dim: int = 7
+    """Channels of a view's embedding, concatenated to the latents."""
 
     def __post_init__(self) -> None:
         if self.width % self.heads or (self.width // self.heads) % 2 or self.width // self.heads < 8:
@@ -76,6 +93,16 @@ class PredictConfig:
             raise WorldloomError("sink goes with a window and is not negative", got=self.sink, do="set window")
         if self.action_head and not self.action_dim:
             raise WorldloomError("action_head needs actions", got="action_dim 0", do="set action_dim")
+        if self.action_head and self.action_layout != "frame":
+            raise WorldloomError("action_head goes with the action layout frame", got=self.action_layout)
+        if self.action_layout == "cosmos-chunk" and self.attention != "full":
+            raise WorldloomError("a chunk of actions reaches every frame at once", do="set attention = 'full'")
+        if min(self.learned_positions) < 0 or any(self.learned_positions) != all(self.learned_positions):
+            raise WorldloomError("learned_positions are three sizes, or three zeros", got=self.learned_positions)
+        if self.views and (self.attention != "full" or any(self.learned_positions) or self.action_dim):
+            raise WorldloomError(
+                "several views go with full attention, without learned positions and without actions", got=self
+            )
 
     @property
     def head_dim(self) -> int:
@@ -167,23 +194,85 @@ def tiny(action_dim: int = 0) -> PredictConfig:
     return PredictConfig(width=32, blocks=2, heads=2, adaln_rank=8, action_dim=action_dim, action_hidden=16)
 
 
+_COSMOS = PredictConfig(
+    adaln_rank=256,
+    timestep_scale=1.0,
+    condition_mask=True,
+    padding_mask=True,
+    context_dim=1024,
+    attention="full",
+)
+_0_6B = {"width": 1280, "blocks": 20, "heads": 20}
+_2B = {"width": 2048, "blocks": 28, "heads": 16}
+_14B = {"width": 5120, "blocks": 36, "heads": 40}
+
+
+def cosmos1_7b(condition_mask: bool = False) -> PredictConfig:
+    """Cosmos-1.0-Diffusion-7B: learned positions and time in seconds; a condition mask in Video2World."""
+    return replace(
+        _COSMOS,
+        width=4096,
+        blocks=28,
+        heads=32,
+        condition_mask=condition_mask,
+        rope_ratios=(2.0, 1.0, 1.0),
+        base_fps=24.0,
+        learned_positions=(128, 120, 120),
+    )
+
+
+def cosmos1_14b(condition_mask: bool = False) -> PredictConfig:
+    """Cosmos-1.0-Diffusion-14B: 36 blocks of width 5120, 40 heads."""
+    return replace(cosmos1_7b(condition_mask), **_14B, rope_ratios=(2.0, 2.0, 2.0))
+
+
+def cosmos_predict2_text2image_0_6b() -> PredictConfig:
+    """Cosmos-Predict2-0.6B-Text2Image: 20 blocks of width 1280, 20 heads; T5 text of size 1024, no condition mask."""
+    return replace(_COSMOS, **_0_6B, condition_mask=False, rope_ratios=(1.0, 4.0, 4.0))
+
+
+def cosmos_predict2_text2image_2b() -> PredictConfig:
+    """Cosmos-Predict2-2B-Text2Image: 28 blocks of width 2048, 16 heads."""
+    return replace(cosmos_predict2_text2image_0_6b(), **_2B)
+
+
+def cosmos_predict2_text2image_14b() -> PredictConfig:
+    """Cosmos-Predict2-14B-Text2Image: 36 blocks of width 5120, 40 heads."""
+    return replace(cosmos_predict2_text2image_0_6b(), **_14B)
+
+
+def cosmos_predict2_2b() -> PredictConfig:
+    """Cosmos-Predict2-2B-Video2World: T5 text of size 1024, masks concatenated."""
+    return replace(_COSMOS, **_2B, rope_ratios=(1.0, 3.0, 3.0))
+
+
+def cosmos_predict2_14b() -> PredictConfig:
+    """Cosmos-Predict2-14B-Video2World: other rotary ratios than the 2B has."""
+    return replace(_COSMOS, **_14B, rope_ratios=(20 / 24, 2.0, 2.0))
+
+
+def cosmos_predict2_2b_action() -> PredictConfig:
+    """Cosmos-Predict2-2B-Sample-Action-Conditioned: 12 actions of 7 numbers at once."""
+    return replace(
+        cosmos_predict2_2b(), action_dim=7, action_layout="cosmos-chunk", action_chunk=12, action_hidden=4 * 2048
+    )
+
+
+def cosmos_predict2_2b_multiview() -> PredictConfig:
+    """Cosmos-Predict2-2B-Multiview: seven cameras, eight latent frames each."""
+    return replace(cosmos_predict2_2b(), rope_ratios=(8 / 24, 3.0, 3.0), views=7, view_dim=7)
+
+
 def cosmos_predict25_2b() -> PredictConfig:
     """Cosmos-Predict2.5-2B: 28 blocks of width 2048, text of 100,352 projected to 1024, masks concatenated."""
-    return PredictConfig(
-        width=2048,
-        blocks=28,
-        heads=16,
-        adaln_rank=256,
-        rope_ratios=(1.0, 3.0, 3.0),
-        timestep_scale=1.0,
-        condition_mask=True,
-        padding_mask=True,
-        context_dim=1024,
-        text_dim=100_352,
-        attention="full",
-    )
+    return replace(cosmos_predict2_2b(), text_dim=100_352)
 
 
 def cosmos_predict25_14b() -> PredictConfig:
     """Cosmos-Predict2.5-14B: 36 blocks of width 5120, 40 heads."""
-    return replace(cosmos_predict25_2b(), width=5120, blocks=36, heads=40)
+    return replace(cosmos_predict25_2b(), **_14B)
+
+
+def cosmos_predict25_2b_action(layout: Literal["cosmos-frame", "cosmos-chunk"] = "cosmos-chunk") -> PredictConfig:
+    """Cosmos-Predict2.5-2B/robot/action-cond: actions of 7 numbers, 12 at once or 4 a latent frame."""
+    return replace(cosmos_predict25_2b(), action_dim=7, action_layout=layout, action_hidden=4 * 2048)

@@ -275,6 +275,7 @@ class PredictTransformer(nn.Module):
         self.patch_in = nn.Linear(channels * patch, d, bias=False)
         self.time_embedder = TimestepEmbedder(d)
         self.time_norm = nn.RMSNorm(d, eps=1e-6)
+        self.step_embedder = TimestepEmbedder(d) if config.step_size else None
         self.text_proj = nn.Linear(config.text_dim, config.context_dim) if config.text_dim else None
         self.action_embedder = ActionEmbedder(config) if config.action_dim else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
@@ -297,6 +298,8 @@ class PredictTransformer(nn.Module):
             if isinstance(module, Modulation):
                 nn.init.zeros_(module.up.weight)
         nn.init.zeros_(self.time_embedder.linear_2.weight)
+        if self.step_embedder is not None:
+            nn.init.zeros_(self.step_embedder.linear_2.weight)
         nn.init.zeros_(self.patch_out.weight)
         if self.action_embedder is not None:
             for last in (self.action_embedder.to_embedding[-1], self.action_embedder.to_modulation[-1]):
@@ -320,6 +323,7 @@ class PredictTransformer(nn.Module):
         commit: bool = False,
         action_timestep: Tensor | None = None,
         return_actions: bool = False,
+        step: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The velocity, noise - clean, of each latent frame; with ``return_actions`` that of the actions too.
 
@@ -339,6 +343,8 @@ class PredictTransformer(nn.Module):
                 None is 0, clean. Needs ``action_head``. Noisy actions and clean frames are inverse dynamics, clean
                 actions and noisy frames forward dynamics, both noisy a policy (Zhu et al. 2025).
             return_actions: give ``(velocity, action_velocity)``, the second of the shape of the actions.
+            step: how far each frame's noise level is to fall ``(b, t)``, for configurations with ``step_size``; None is 0,
+                the velocity at a point.
 
         Raises:
             WorldloomError: where a shape does not fit the configuration.
@@ -346,6 +352,12 @@ class PredictTransformer(nn.Module):
         config = self.config
         self._check(x, timestep, actions, text, cache)
         self._check_action_noise(actions, action_timestep, return_actions)
+        if step is not None and (self.step_embedder is None or step.shape != timestep.shape):
+            raise WorldloomError(
+                "a step size is for a model that knows them, one number per latent frame (b, t)",
+                got=tuple(step.shape),
+                do="use a checkpoint with step_size = true",
+            )
         b, _, t, h, w = x.shape
         rows, columns = h // config.patch, w // config.patch
         offset = cache.frames if cache is not None else 0
@@ -353,6 +365,9 @@ class PredictTransformer(nn.Module):
         tokens = self._patchify(x, condition_mask, padding_mask, cache)
         embedding = sinusoid(timestep * config.timestep_scale, config.width).to(x.dtype)  # (b, t, d)
         shared = self.time_embedder(embedding)  # (b, t, 3d)
+        if self.step_embedder is not None:
+            step = torch.zeros_like(timestep) if step is None else step
+            shared = shared + self.step_embedder(sinusoid(step * 1000, config.width).to(x.dtype))
         embedding = self.time_norm(embedding)
         if self.action_embedder is not None and actions is not None:
             per_frame = actions.reshape(b, -1, config.actions_per_latent * config.action_dim)

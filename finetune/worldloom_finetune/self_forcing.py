@@ -1,0 +1,83 @@
+"""Frames of a model's own, for training: what a rollout would have made of the beginning of a sample.
+
+A model trained on true frames alone meets its own errors for the first time in use, where they add up. Self forcing
+(Huang et al. 2025) trains on rollouts by the sampler that will be used. Here the frames that follow are true ones,
+to be denoised after context frames of the model's own, so a world that is driven by actions pulls a rollout back.
+Gradients do not pass through the rollout: it costs (steps + 1) passes of single frames, and no memory.
+
+Letters: b batch, t latent frames, c channels, h w latent size, r actions between latent frames, a action size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from worldloom.errors import WorldloomError
+from worldloom.schema import LatentBatch
+from worldloom_model_zoo.predict.model import KVCache
+from worldloom_model_zoo.samplers import flow_euler, flow_interpolate
+
+
+@torch.no_grad()
+def roll_out(
+    model: nn.Module,
+    batch: LatentBatch,
+    *,
+    start: int,
+    frames: int,
+    levels: Tensor,
+    context_noise: float,
+    generator: torch.Generator,
+    masks: Mapping[str, Any],
+) -> Tensor:
+    """Latent frames ``[start, start + frames)`` as the model makes them from those before: ``(b, c, frames, h, w)``.
+
+    Args:
+        model: causal.
+        batch: true frames and the actions that belong to them; with text or without.
+        levels: noise levels of the sampler, from 1 to 0.
+        context_noise: every frame is taken into the cache at a level uniform in [0, this].
+        generator: on the CPU.
+        masks: ``action_mask`` and ``text_mask`` of the model.
+
+    Raises:
+        WorldloomError: the model's attention is full.
+    """
+    config = getattr(model, "config", None)
+    if config is not None and config.attention != "causal":
+        raise WorldloomError(
+            "rollouts in training are for causal models", got="attention = 'full'", do="set objective.rollout_share = 0"
+        )
+    latents, actions = batch.latents, batch.actions
+    b, c, t, h, w = latents.shape
+    r = 0 if actions is None else actions.shape[1] // (t - 1)
+    cache = KVCache()
+
+    def led_to(first: int, last: int) -> Tensor | None:
+        """The actions that lead to frames ``[first, last)``; none leads to frame 0."""
+        return None if actions is None else actions[:, r * max(first - 1, 0) : r * (last - 1)]
+
+    def observe(x: Tensor, first: int) -> None:
+        level = (torch.rand(b, x.shape[2], generator=generator) * context_noise).to(x)
+        noise = torch.randn(x.shape, generator=generator).to(x)
+        taken = led_to(first, first + x.shape[2])
+        model(flow_interpolate(x, noise, level), level, taken, batch.text, **masks, cache=cache, commit=True)
+
+    observe(latents[:, :, :start], 0)
+    made = []
+    for frame in range(start, start + frames):
+
+        def velocity(x: Tensor, level: float, taken: Tensor | None = led_to(frame, frame + 1)) -> Tensor:
+            return model(x, x.new_full((b, 1), level), taken, batch.text, **masks, cache=cache)
+
+        x = flow_euler(velocity, torch.randn((b, c, 1, h, w), generator=generator).to(latents), levels)
+        made.append(x)
+        if frame + 1 < start + frames:
+            observe(x, frame)
+    # Autocast keeps converted weights, and those that were converted without gradients would have none.
+    torch.clear_autocast_cache()
+    return torch.cat(made, dim=2)
