@@ -30,6 +30,7 @@ Kind = Literal["clips", "latents"]
 ARRAYS: Mapping[str, tuple[str, tuple[str, ...], int]] = {
     "latents": ("latents.npy", ("float16",), 4),
     "codes": ("codes.npy", ("int32",), 4),
+    "text": ("text.npy", ("float16", "float32"), 2),
     "actions": ("actions.npy", ("float32",), 2),
     "rewards": ("rewards.npy", ("float32",), 1),
     "depth": ("depth.npz", ("uint8", "uint16"), 3),
