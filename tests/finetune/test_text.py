@@ -17,7 +17,14 @@ from worldloom.shards import ShardWriter, commit_dataset, open_dataset
 from worldloom_finetune import train
 from worldloom_model_zoo import load_model
 
-TEXT = ("model.context_dim=32", "model.text_dim=384", "data.frames=9", "trainer.max_steps=3", "ema.decay=0")
+TEXT = (
+    "model.context_dim=32",
+    "model.text_dim=384",
+    "data.frames=9",
+    "data.size=[32,32]",
+    "trainer.max_steps=3",
+    "ema.decay=0",
+)
 
 
 def _captioned(root: Path, caption: str, seed: int, actions: int) -> Path:
