@@ -17,6 +17,11 @@ RECIPES = {
         "summary": "Action-conditioned world model on latents: rectified flow, full or LoRA.",
         "defaults": "recipes/world.toml",
     },
+    "predict": {
+        "target": "worldloom_finetune.world:WorldJob",
+        "summary": "Video from text, an image or a video: the same network and objective, told in words.",
+        "defaults": "recipes/predict.toml",
+    },
     "tokenizer": {
         "target": "worldloom_finetune.tokenizer:TokenizerJob",
         "summary": "Video tokenizer on clips: continuous or discrete, with perceptual and adversarial terms.",
