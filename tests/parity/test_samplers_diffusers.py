@@ -83,7 +83,7 @@ def test_flow_euler(monkeypatch: pytest.MonkeyPatch, steps: int, shift: float) -
     scheduler.sigmas = levels
     theirs, x = Recorder(), start()
     for i, timestep in enumerate(scheduler.timesteps):
-        x = scheduler.step(theirs(x, levels[i]), timestep, x, return_dict=False)[0]
+        x = scheduler.step(theirs(x, float(levels[i])), timestep, x, return_dict=False)[0]
     ours = Recorder()
     agree((ours, flow_euler(ours, start(), levels)), (theirs, x))
 
@@ -124,7 +124,7 @@ def test_flow_unipc(schedule: str, steps: int) -> None:
     theirs, x = Recorder(), start()
     for i, timestep in enumerate(scheduler.timesteps):
         scheduler._step_index = i  # integer timesteps of Karras levels coincide, and they look steps up by them
-        x = scheduler.step(theirs(x, levels[i]), timestep, x, return_dict=False)[0]
+        x = scheduler.step(theirs(x, float(levels[i])), timestep, x, return_dict=False)[0]
     ours = Recorder()
     agree((ours, flow_unipc(ours, start(), levels)), (theirs, x))
 
@@ -190,7 +190,7 @@ def test_flow_shortcut() -> None:
     scheduler.sigmas = levels
     theirs, x = Recorder(), start()
     for i, timestep in enumerate(scheduler.timesteps):
-        x = scheduler.step(theirs(x, levels[i]) / (1 + 1 / steps), timestep, x, return_dict=False)[0]
+        x = scheduler.step(theirs(x, float(levels[i])) / (1 + 1 / steps), timestep, x, return_dict=False)[0]
     ours = Recorder()
     end = flow_shortcut(lambda x, level, step: ours(x, level) / (1 + step), start(), steps)
     agree((ours, end), (theirs, x))
@@ -204,7 +204,7 @@ def test_flow_consistency(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(5)
     theirs, x = Recorder(), start()
     for i, timestep in enumerate(scheduler.timesteps):
-        velocity = theirs(x, levels[i])
+        velocity = theirs(x, float(levels[i]))
         x = scheduler.step(velocity, timestep, x, generator=generator, return_dict=False)[0]
     again = torch.Generator().manual_seed(5)
     ours = Recorder()
