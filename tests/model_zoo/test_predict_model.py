@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from worldloom import WorldloomError
+from worldloom_model_zoo.predict import config as presets
 from worldloom_model_zoo.predict.config import PredictConfig, cosmos_predict25_2b, tiny
 from worldloom_model_zoo.predict.model import KVCache, PredictTransformer
 
@@ -201,7 +202,8 @@ def test_cosmos_configuration_has_the_published_parameter_count() -> None:
     [
         ({"actions": torch.zeros(2, 8, 2)}, "actions do not fit"),
         ({"actions": torch.zeros(2, 7, 3)}, "actions do not fit"),
-        ({"timestep": torch.zeros(2)}, "noise level"),
+        ({"timestep": torch.zeros(2, 2)}, "noise level"),
+        ({"views": torch.tensor([0])}, "one view only"),
         ({"text": torch.zeros(2, 4, 8)}, "text embedding"),
         ({"x": torch.zeros(2, 3, 3, 4, 4)}, "latents are"),
         ({"x": torch.zeros(2, 16, 3, 5, 4)}, "latents are"),
@@ -223,3 +225,119 @@ def test_models_that_cannot_step_or_act_say_so() -> None:
         full(x, level, torch.zeros(2, 8, 3))
     with pytest.raises(WorldloomError, match="width / heads"):
         PredictConfig(width=100, heads=3)
+
+
+@torch.no_grad()
+def test_one_noise_level_for_all_frames_is_that_level_in_each() -> None:
+    model = lively(tiny(action_dim=3))
+    x, _, actions = inputs(model.config, t=3)
+    level = torch.tensor([0.2, 0.9])
+    torch.testing.assert_close(model(x, level, actions), model(x, level[:, None].expand(2, 3), actions))
+
+
+MULTIVIEW = replace(tiny(), attention="full", context_dim=8, views=3, view_dim=2)
+
+
+@torch.no_grad()
+def test_views_change_places_with_their_texts_and_indices() -> None:
+    """Positions start anew in each view, and each sees its own text."""
+    model = lively(MULTIVIEW)
+    first, second = torch.randn(2, 1, 16, 2, 4, 4)
+    texts = torch.randn(2, 1, 5, 8)
+    level = torch.rand(1, 2)
+    levels = torch.cat([level, level], dim=1)
+    together = model(
+        torch.cat([first, second], dim=2), levels, text=torch.cat([*texts], dim=1), views=torch.tensor([0, 2])
+    )
+    swapped = model(
+        torch.cat([second, first], dim=2), levels, text=torch.cat([*texts.flip(0)], dim=1), views=torch.tensor([[2, 0]])
+    )
+    torch.testing.assert_close(together, swapped.roll(2, dims=2), atol=1e-4, rtol=1e-4)
+    other = model(
+        torch.cat([first, second], dim=2), levels, text=torch.cat([*texts.flip(0)], dim=1), views=torch.tensor([0, 2])
+    )
+    assert (together - other).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_views_meet_in_self_attention_only() -> None:
+    model = lively(MULTIVIEW)
+    for block in model.blocks:
+        block.self_attn.output_proj.weight.zero_()
+    x, text, level = torch.randn(2, 16, 6, 4, 4), torch.randn(2, 15, 8), torch.rand(2, 6)
+    together = model(x, level, text=text, views=torch.arange(3))
+    for view in range(3):
+        frames = slice(2 * view, 2 * view + 2)
+        alone = model(
+            x[:, :, frames], level[:, frames], text=text[:, 5 * view : 5 * view + 5], views=torch.tensor([view])
+        )
+        torch.testing.assert_close(together[:, :, frames], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_views_that_do_not_fit_are_refused() -> None:
+    model = PredictTransformer(MULTIVIEW)
+    x, level = torch.zeros(1, 16, 4, 4, 4), torch.zeros(1, 4)
+    for views, message in (([0, 3], "views 0 to 2"), ([0, 1, 2], "a multiple of v")):
+        with pytest.raises(WorldloomError, match=message):
+            model(x, level, views=torch.tensor(views))
+    with pytest.raises(WorldloomError, match="a text each"):
+        model(x, level, text=torch.zeros(1, 5, 8), views=torch.arange(2))
+    assert model(x, level, views=torch.arange(2)).shape == x.shape
+    with pytest.raises(WorldloomError, match="several views go with full attention"):
+        replace(MULTIVIEW, attention="causal")
+
+
+@torch.no_grad()
+def test_learned_positions_are_added_before_each_block_and_end() -> None:
+    model = lively(replace(tiny(), learned_positions=(4, 2, 3)))
+    x, level = torch.randn(1, 16, 4, 4, 6), torch.rand(1, 4)
+    whole = model(x, level)
+    cache = KVCache()
+    parts = [model(x[:, :, t : t + 1], level[:, t : t + 1], cache=cache, commit=True) for t in range(4)]
+    assert (torch.cat(parts, dim=2) - whole).abs().max() < 1e-4
+    assert model.positions is not None
+    scale = model.positions(2, 2, 3, 1).square().mean(dim=-1)
+    torch.testing.assert_close(scale, torch.ones_like(scale), atol=1e-4, rtol=0)
+    with pytest.raises(WorldloomError, match="larger than this model's learned positions"):
+        model(torch.zeros(1, 16, 5, 4, 6), torch.zeros(1, 5))
+    with pytest.raises(WorldloomError, match="three sizes"):
+        replace(tiny(), learned_positions=(4, 0, 3))
+
+
+def test_chunks_of_actions_have_their_own_length() -> None:
+    config = replace(tiny(action_dim=3), attention="full", action_layout="cosmos-chunk", action_chunk=5)
+    model = PredictTransformer(config)
+    x, level = torch.zeros(2, 16, 3, 4, 4), torch.zeros(2, 3)
+    assert model(x, level, torch.zeros(2, 5, 3)).shape == x.shape
+    with pytest.raises(WorldloomError, match="a whole chunk"):
+        model(x, level, torch.zeros(2, 8, 3))
+    with pytest.raises(WorldloomError, match="every frame at once"):
+        replace(config, attention="causal")
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "channels"),
+    [
+        ("cosmos_predict2_text2image_0_6b", 0.6, 17),
+        ("cosmos_predict2_text2image_2b", 2.0, 17),
+        ("cosmos_predict2_text2image_14b", 14.0, 17),
+        ("cosmos_predict2_2b", 2.0, 18),
+        ("cosmos_predict2_14b", 14.0, 18),
+        ("cosmos_predict2_2b_action", 2.0, 18),
+        ("cosmos_predict2_2b_multiview", 2.0, 25),
+        ("cosmos_predict25_2b", 2.0, 18),
+        ("cosmos_predict25_14b", 14.0, 18),
+        ("cosmos_predict25_2b_action", 2.0, 18),
+        ("cosmos_predict25_2b_multiview", 2.0, 25),
+        ("cosmos1_7b", 7.0, 17),
+        ("cosmos1_14b", 14.0, 17),
+    ],
+)
+def test_presets_have_the_size_in_their_name(name: str, parameters: float, channels: int) -> None:
+    config = getattr(presets, name)()
+    with torch.device("meta"):
+        model = PredictTransformer(config)
+    count = sum(p.numel() for p in model.parameters()) / 1e9
+    assert abs(count - parameters) / parameters < 0.12
+    assert model.patch_in.in_features == 4 * channels
+    assert config.head_dim == (64 if "0_6b" in name else 128)

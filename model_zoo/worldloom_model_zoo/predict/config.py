@@ -57,8 +57,8 @@ class PredictConfig:
     action_hidden: int = 256
     """Hidden size of the two action MLPs."""
     action_layout: Literal["frame", "cosmos-frame", "cosmos-chunk"] = "frame"
-    """How actions enter. ``frame``: per latent frame, after the norm of the timestep. The other two are what is released
-    of Cosmos, before the norm and with GELU: per latent frame, none at conditioning frames; or a whole chunk at once."""
+    """How actions enter. ``frame``: per latent frame, after the norm of the timestep. The others are those of Cosmos,
+    before the norm and with GELU: per latent frame, none at conditioning frames; or a whole chunk at once."""
     action_chunk: int = 12
     """Actions of a chunk in the layout ``cosmos-chunk``."""
     action_head: bool = False
@@ -115,19 +115,92 @@ class SamplerConfig:
     """How samples are drawn. Rectified flow: x_s = (1-s) clean + s noise, velocity = noise - clean."""
 
     steps: int = 4
-    """Euler steps from noise to a clean frame."""
+    """Steps from noise to a clean frame; calls of the network, of which ``heun`` makes two a step."""
+    method: Literal["euler", "heun", "unipc", "shortcut", "consistency", "edm_euler", "edm_heun"] = "euler"
+    """``euler``, ``heun``, ``unipc`` (order 2): integrate the flow. ``shortcut``: the network is told its step, for
+    models with step_size. ``consistency``: jumps to clean and adds fresh noise, for distilled models. ``edm_euler`` and
+    ``edm_heun``: for models trained under EDM (Karras et al. 2022)."""
+    schedule: Literal["uniform", "karras"] = "uniform"
+    """``uniform``: evenly from first_level to last_level, shifted. ``karras``: sigma_max to sigma_min after Karras et
+    al. 2022, s = sigma / (1 + sigma). Either ends at 0."""
     shift: float = 1.0
     """Timestep shift s -> shift s / (1 + (shift-1) s); above 1 spends more steps at high noise (Esser et al. 2024)."""
+    first_level: float = 1.0
+    """Noise level at which a uniform schedule begins; 0.999 in Wan's and Cosmos 2.5's own code."""
+    last_level: float = 0.0
+    """Noise level towards which a uniform schedule falls, itself left out; 0.001 in diffusers' UniPC."""
+    sigma_min: float = 0.01
+    """Least sigma of a Karras schedule; 0.01 for Cosmos 2.5 post-trained, 0.002 for Predict2."""
+    sigma_max: float = 200.0
+    """Greatest sigma of a Karras schedule; 200 for Cosmos 2.5 post-trained, 80 for Predict2 and Cosmos 1."""
+    sigma_data: float = 0.5
+    """Standard deviation of the latents that an EDM model was trained with; ours and Cosmos 1's is 0.5."""
+    round_levels: bool = False
+    """Show the network noise levels cut to whole thousandths, as NVIDIA's code does for Cosmos 2.5."""
     guidance_scale: float = 1.0
-    """Guidance g on actions and text, v = uncond + g (cond - uncond); 1 switches it off and halves the cost."""
+    """Strength g of guidance on actions and text; 1 switches it off (0 in the convention ``conditional``)."""
+    guidance_convention: Literal["unconditional", "conditional"] = "unconditional"
+    """``unconditional``: v = uncond + g (cond - uncond). ``conditional``: v = cond + g (cond - uncond), as in Cosmos,
+    whose 7 is 8 in the other one."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Noise levels, both included, at which guidance acts (Kynkaanniemi et al. 2024); outside one call is saved."""
+    guidance_batched: bool = False
+    """Both predictions of guidance in one call of twice the batch, where a GPU has room; else one after the other."""
+    negative_prompt: str = ""
+    """Text of the other prediction; empty for the null text."""
+    condition_level: float = 0.0
+    """Noise level that the network is told for given frames, which stay clean; Cosmos 2.5 has 0.1 or 0.0001."""
     context_noise: float = 0.0
     """Noise level at which context frames are shown to the model; a little counters drift."""
     context_frames: int = 9
     """Video frames that a rollout starts from when it is given more."""
+    chunk_frames: int = 0
+    """Longest video made at once with full attention, 1 + r k; a longer one is made in chunks. 0: no limit."""
+    overlap_frames: int = 1
+    """Last frames of a chunk from which the next one is continued, 1 + r k."""
+    rolling_delay: int = 0
+    """With causal attention: steps after which the next frame starts, while this one is still noisy (rolling
+    diffusion, Ruhe et al. 2024), for models trained with a noise level of its own for each frame. 0: one by one."""
+    skip_threshold: float = 0.0
+    """Change of the first block's contribution, relative, up to which the others' is reused from an earlier step; 0
+    computes every step whole. Start at 0.05."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.shift <= 0 or not 0 <= self.context_noise < 1:
-            raise WorldloomError("sampler: steps >= 1, shift > 0, 0 <= context_noise < 1", got=self)
+        if self.steps < 1 or self.shift <= 0 or not 0 <= self.context_noise < 1 or not 0 <= self.condition_level < 1:
+            raise WorldloomError(
+                "sampler: steps >= 1, shift > 0, 0 <= context_noise < 1, 0 <= condition_level < 1", got=self
+            )
+        if not 0 <= self.last_level < self.first_level <= 1 or not 0 < self.sigma_min < self.sigma_max:
+            raise WorldloomError(
+                "sampler: 0 <= last_level < first_level <= 1, 0 < sigma_min < sigma_max",
+                got=f"levels {self.first_level} to {self.last_level}, sigmas {self.sigma_max} to {self.sigma_min}",
+            )
+        if self.skip_threshold < 0 or self.rolling_delay < 0 or self.context_frames < 1:
+            raise WorldloomError("sampler: skip_threshold, rolling_delay >= 0, context_frames >= 1", got=self)
+        if self.overlap_frames < 1 or 0 < self.chunk_frames <= self.overlap_frames:
+            raise WorldloomError(
+                "sampler: 1 <= overlap_frames < chunk_frames, where chunk_frames is set",
+                got=f"overlap_frames {self.overlap_frames}, chunk_frames {self.chunk_frames}",
+            )
+        if self.edm and self.schedule != "karras":
+            raise WorldloomError("EDM samplers go with the schedule karras", got=self.schedule)
+        if self.rolling_delay and self.method != "euler":
+            raise WorldloomError("rolling_delay goes with the method euler", got=self.method)
+
+    @property
+    def guided(self) -> bool:
+        """Whether guidance changes anything."""
+        return self.guidance_scale != (1 if self.guidance_convention == "unconditional" else 0)
+
+    @property
+    def edm(self) -> bool:
+        """Whether the network was trained under EDM."""
+        return self.method.startswith("edm")
+
+    @property
+    def calls(self) -> int:
+        """Calls of the network for a sample, guidance apart."""
+        return 2 * self.steps - 1 if self.method in ("heun", "edm_heun") else self.steps
 
 
 @dataclass(frozen=True)
@@ -162,6 +235,8 @@ class PredictCheckpoint:
     """Pixels; the size it was trained at."""
     width: int = 64
     """Pixels."""
+    sizes: tuple[tuple[int, int], ...] = ()
+    """Further sizes (height, width) that it was trained at."""
     fps: float = 17.5
     """Frames per second of the training videos."""
     action_names: tuple[str, ...] = ()
@@ -276,3 +351,8 @@ def cosmos_predict25_14b() -> PredictConfig:
 def cosmos_predict25_2b_action(layout: Literal["cosmos-frame", "cosmos-chunk"] = "cosmos-chunk") -> PredictConfig:
     """Cosmos-Predict2.5-2B/robot/action-cond: actions of 7 numbers, 12 at once or 4 a latent frame."""
     return replace(cosmos_predict25_2b(), action_dim=7, action_layout=layout, action_hidden=4 * 2048)
+
+
+def cosmos_predict25_2b_multiview() -> PredictConfig:
+    """Cosmos-Predict2.5-2B/auto/multiview: seven cameras, eight latent frames each."""
+    return replace(cosmos_predict2_2b_multiview(), text_dim=100_352)

@@ -1,6 +1,6 @@
 """The predict transformer: a video diffusion transformer with per-frame noise levels and per-frame actions.
 
-The network of Cosmos-Predict2.5 (NVIDIA 2025): latent patches, 3-D rotary positions, blocks of self-attention,
+The network of Cosmos-Predict2 and 2.5 (NVIDIA 2025): latent patches, 3-D rotary positions, blocks of self-attention,
 cross-attention and MLP, each modulated by AdaLN-LoRA. Three things are free in it:
 
 - the noise level is per latent frame, which gives diffusion forcing and conditioning frames in one mechanism;
@@ -8,7 +8,9 @@ cross-attention and MLP, each modulated by AdaLN-LoRA. Three things are free in 
 - attention is full or block-causal. Causal attention has a key-value cache, so the same weights can be stepped.
 
 Letters: b batch, t latent frames, c channels, h w latent size, p patch edge, n = (h/p)*(w/p) tokens of a frame,
-d width, k heads, e head size, m text tokens, r actions between latent frames, a action size.
+d width, k heads, e head size, m text tokens, r actions between latent frames, a action size, v views.
+
+Angles and sinusoids are computed in float32, in float64 where the latents are.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch.nn import functional as F
 
 from worldloom.errors import WorldloomError
 from worldloom_model_zoo.predict.config import PredictConfig
+from worldloom_model_zoo.predict.skipping import FirstBlockCache
 
 
 @dataclass
@@ -64,24 +67,28 @@ class KVCache:
 
 
 def rotary_angles(
-    config: PredictConfig, frames: int, height: int, width: int, offset: int, device: torch.device
+    config: PredictConfig, frames: int, height: int, width: int, offset: int, like: Tensor, fps: float | None = None
 ) -> Tensor:
     """Rotation angles ``(frames*height*width, e/2)`` of tokens whose first frame stands at ``offset``.
 
     A head's pairs are shared out to time, height and width: height and width take ``e // 6`` each, time the rest.
     NTK scaling multiplies the base of an axis of 2m components by ratio ** (m / (m - 1)).
     """
+    device, dtype = like.device, torch.promote_types(like.dtype, torch.float32)
     pairs_hw = config.head_dim // 6
     pairs = (config.head_dim // 2 - 2 * pairs_hw, pairs_hw, pairs_hw)
+    time = torch.arange(offset, offset + frames, device=device, dtype=dtype)
+    if config.base_fps and fps is not None:
+        time = time / fps * config.base_fps
     positions = (
-        torch.arange(offset, offset + frames, device=device, dtype=torch.float32),
-        torch.arange(height, device=device, dtype=torch.float32),
-        torch.arange(width, device=device, dtype=torch.float32),
+        time,
+        torch.arange(height, device=device, dtype=dtype),
+        torch.arange(width, device=device, dtype=dtype),
     )
     axes = []
     for axis, (count, position, ratio) in enumerate(zip(pairs, positions, config.rope_ratios, strict=True)):
         base = 10_000.0 * (ratio ** (count / (count - 1)) if count > 1 else 1.0)
-        frequencies = base ** -(torch.arange(count, device=device, dtype=torch.float32) / max(count, 1))
+        frequencies = base ** -(torch.arange(count, device=device, dtype=dtype) / max(count, 1))
         shape = [1, 1, 1, count]
         shape[axis] = len(position)
         axes.append(torch.outer(position, frequencies).view(shape).expand(frames, height, width, count))
@@ -97,9 +104,9 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 
 def sinusoid(timestep: Tensor, size: int) -> Tensor:
     """``(...)`` -> ``(..., size)``: cosines, then sines, of geometrically spaced frequencies from 1 down to 1e-4."""
-    half = size // 2
-    frequencies = torch.exp(-math.log(10_000.0) * torch.arange(half, device=timestep.device) / half)
-    angles = timestep.float()[..., None] * frequencies
+    half, dtype = size // 2, torch.promote_types(timestep.dtype, torch.float32)
+    frequencies = torch.exp(-math.log(10_000.0) * torch.arange(half, device=timestep.device, dtype=dtype) / half)
+    angles = timestep.to(dtype)[..., None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -115,6 +122,27 @@ def causal_mask(rows: Tensor, columns: Tensor, tokens: int, window: int, sink: i
 
 
 # -- blocks ----------------------------------------------------------------------------------------------------------
+
+
+class LearnedPositions(nn.Module):
+    """A learned vector per frame, row and column, summed and scaled to a root mean square of one (Cosmos 1)."""
+
+    def __init__(self, sizes: tuple[int, int, int], width: int) -> None:
+        super().__init__()
+        self.frames, self.rows, self.columns = (nn.Parameter(torch.zeros(size, width)) for size in sizes)
+
+    def forward(self, frames: int, rows: int, columns: int, offset: int) -> Tensor:
+        """-> ``(frames, rows*columns, d)``, to be added before each block."""
+        sizes = (len(self.frames), len(self.rows), len(self.columns))
+        if offset + frames > sizes[0] or rows > sizes[1] or columns > sizes[2]:
+            raise WorldloomError(
+                "the latents are larger than this model's learned positions",
+                got=f"{offset + frames} frames of {rows} x {columns} tokens, learned: {sizes}",
+                do="use fewer frames or a smaller resolution",
+            )
+        x = self.frames[offset : offset + frames, None, None] + self.rows[:rows, None] + self.columns[:columns]
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return (x / (norm * x.shape[-1] ** -0.5 + 1e-6)).flatten(1, 2)
 
 
 class TimestepEmbedder(nn.Module):
@@ -209,7 +237,10 @@ class Block(nn.Module):
         mask: Tensor | None,
         past: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """``(b, t, n, d)`` -> the same, and the rotated keys and the values of these frames ``(b, k, t*n, e)``."""
+        """``(b, t, n, d)`` -> the same, and the rotated keys and the values of these frames ``(b, k, t*n, e)``.
+
+        ``text`` is ``(b*v, m, context_dim)``: each view sees its own.
+        """
         frames_tokens = x.shape[1:3]
 
         shift, scale, gate = self.modulate_self(embedding, shared)
@@ -224,8 +255,9 @@ class Block(nn.Module):
         if self.cross_attn is not None and text is not None:
             shift, scale, gate = self.modulate_cross(embedding, shared)
             hidden = (self.norm(x) * (1 + scale) + shift).flatten(1, 2)
+            hidden = hidden.reshape(len(text), -1, hidden.shape[-1])  # (b, v*t'*n, d) -> (b*v, t'*n, d)
             out = self.cross_attn.attend(self.cross_attn.queries(hidden), *self.cross_attn.keys_values(text))
-            x = x + gate * out.unflatten(1, frames_tokens)
+            x = x + gate * out.reshape(x.shape)
 
         shift, scale, gate = self.modulate_mlp(embedding, shared)
         x = x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)
@@ -236,13 +268,16 @@ class ActionEmbedder(nn.Module):
     """The r actions that lead to a latent frame -> an addition to its timestep embedding and to the modulation.
 
     Where actions have a noise level of their own (Zhu et al. 2025), its embedding is added to both hidden layers.
+    In the layout ``cosmos-chunk`` it takes all actions at once.
     """
 
     def __init__(self, config: PredictConfig) -> None:
         super().__init__()
-        size, hidden, d = config.actions_per_latent * config.action_dim, config.action_hidden, config.width
-        self.to_embedding = nn.Sequential(nn.Linear(size, hidden), nn.SiLU(), nn.Linear(hidden, d))
-        self.to_modulation = nn.Sequential(nn.Linear(size, hidden), nn.SiLU(), nn.Linear(hidden, 3 * d))
+        hidden, d, layout = config.action_hidden, config.width, config.action_layout
+        size = config.action_dim * (config.action_chunk if layout == "cosmos-chunk" else config.actions_per_latent)
+        activation = nn.SiLU() if layout == "frame" else nn.GELU("tanh")
+        self.to_embedding = nn.Sequential(nn.Linear(size, hidden), activation, nn.Linear(hidden, d))
+        self.to_modulation = nn.Sequential(nn.Linear(size, hidden), activation, nn.Linear(hidden, 3 * d))
         self.noise = None
         if config.action_head:
             self.noise = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, 2 * hidden))
@@ -272,7 +307,10 @@ class PredictTransformer(nn.Module):
         self.config = config
         d, patch = config.width, config.patch**2
         channels = config.latent_channels * (1 + config.previous_frame) + config.condition_mask + config.padding_mask
+        channels += config.view_dim if config.views else 0
         self.patch_in = nn.Linear(channels * patch, d, bias=False)
+        self.view_embedding = nn.Embedding(config.views, config.view_dim) if config.views else None
+        self.positions = LearnedPositions(config.learned_positions, d) if any(config.learned_positions) else None
         self.time_embedder = TimestepEmbedder(d)
         self.time_norm = nn.RMSNorm(d, eps=1e-6)
         self.step_embedder = TimestepEmbedder(d) if config.step_size else None
@@ -297,6 +335,9 @@ class PredictTransformer(nn.Module):
         for module in self.modules():
             if isinstance(module, Modulation):
                 nn.init.zeros_(module.up.weight)
+            if isinstance(module, LearnedPositions):
+                for parameter in module.parameters():
+                    nn.init.trunc_normal_(parameter, std=self.config.width**-0.5)
         nn.init.zeros_(self.time_embedder.linear_2.weight)
         if self.step_embedder is not None:
             nn.init.zeros_(self.step_embedder.linear_2.weight)
@@ -324,17 +365,21 @@ class PredictTransformer(nn.Module):
         action_timestep: Tensor | None = None,
         return_actions: bool = False,
         step: Tensor | None = None,
+        fps: float | None = None,
+        views: Tensor | None = None,
+        skip: FirstBlockCache | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The velocity, noise - clean, of each latent frame; with ``return_actions`` that of the actions too.
 
         Args:
             x: noisy latents ``(b, c, t, h, w)``; with a cache that holds frames, the frames that follow them.
-            timestep: noise level of each frame ``(b, t)`` in [0, 1]; 0 is clean.
+            timestep: noise level of each frame ``(b, t)``, or of all of them ``(b,)``, in [0, 1]; 0 is clean.
             actions: at video rate. Without earlier frames ``(b, r*(t-1), a)``: the first frame has none. After cached
-                frames ``(b, r*t, a)``. None is the null action: no contribution.
-            text: ``(b, m, text_dim or context_dim)``; None is the null text, one token of zeros.
+                frames ``(b, r*t, a)``. In chunks ``(b, action_chunk, a)``. None is the null action: no contribution.
+            text: ``(b, m, text_dim or context_dim)``; None is the null text, one token of zeros. With several views
+                ``(b, v*m, ...)``, one text after another.
             condition_mask: ``(b, 1, t, h, w)``, 1 at conditioning frames; for configurations that have it.
-            padding_mask: ``(b, 1, h, w)``, 1 at padded pixels; for configurations that have it.
+            padding_mask: ``(b, 1, h, w)`` or of the video's pixels, 1 at padded ones; for configurations that have it.
             action_mask: ``(b,)`` boolean, False where a sample gets the null action (dropout, guidance).
             text_mask: ``(b,)`` boolean, False where a sample gets the null text.
             cache: frames seen before; needs causal attention.
@@ -343,18 +388,25 @@ class PredictTransformer(nn.Module):
                 None is 0, clean. Needs ``action_head``. Noisy actions and clean frames are inverse dynamics, clean
                 actions and noisy frames forward dynamics, both noisy a policy (Zhu et al. 2025).
             return_actions: give ``(velocity, action_velocity)``, the second of the shape of the actions.
-            step: how far each frame's noise level is to fall ``(b, t)``, for configurations with ``step_size``; None is 0,
-                the velocity at a point.
+            step: how far each frame's noise level is to fall, of the shape of timestep, for configurations with
+                ``step_size``; None is 0, the velocity at a point.
+            fps: frames per second of the video; counts in configurations with ``base_fps`` only. None is ``base_fps``.
+            views: ``(v,)`` or ``(b, v)`` integers, which cameras ``x`` shows one after another along time; None is
+                the first camera alone. For configurations with views.
+            skip: leaves out the blocks after the first where it may; not with ``commit``.
 
         Raises:
             WorldloomError: where a shape does not fit the configuration.
         """
         config = self.config
-        self._check(x, timestep, actions, text, cache)
+        views = self._views(x, views)
+        count = 1 if views is None else views.shape[1]
+        self._check(x, timestep, actions, text, cache, count)
         self._check_action_noise(actions, action_timestep, return_actions)
+        assert skip is None or not commit
         if step is not None and (self.step_embedder is None or step.shape != timestep.shape):
             raise WorldloomError(
-                "a step size is for a model that knows them, one number per latent frame (b, t)",
+                "a step size is for a model that knows them, and of the shape of the timestep",
                 got=tuple(step.shape),
                 do="use a checkpoint with step_size = true",
             )
@@ -362,40 +414,49 @@ class PredictTransformer(nn.Module):
         rows, columns = h // config.patch, w // config.patch
         offset = cache.frames if cache is not None else 0
 
-        tokens = self._patchify(x, condition_mask, padding_mask, cache)
-        embedding = sinusoid(timestep * config.timestep_scale, config.width).to(x.dtype)  # (b, t, d)
-        shared = self.time_embedder(embedding)  # (b, t, 3d)
+        tokens = self._patchify(x, condition_mask, padding_mask, views, cache)
+        embedding = self._sinusoid(timestep, x)  # (b, t or 1, d)
+        shared = self.time_embedder(embedding)  # (b, t or 1, 3d)
         if self.step_embedder is not None:
             step = torch.zeros_like(timestep) if step is None else step
-            shared = shared + self.step_embedder(sinusoid(step * 1000, config.width).to(x.dtype))
-        embedding = self.time_norm(embedding)
-        if self.action_embedder is not None and actions is not None:
-            per_frame = actions.reshape(b, -1, config.actions_per_latent * config.action_dim)
-            to_embedding, to_modulation = self.action_embedder(per_frame.to(x.dtype), action_timestep)
-            if action_mask is not None:
-                keep = action_mask.view(b, 1, 1).to(x.dtype)
-                to_embedding, to_modulation = to_embedding * keep, to_modulation * keep
-            first = t - per_frame.shape[1]  # 1 where the sequence starts here: its first frame has no action
-            embedding = embedding + F.pad(to_embedding, (0, 0, first, 0))
-            shared = shared + F.pad(to_modulation, (0, 0, first, 0))
+            shared = shared + self.step_embedder(self._sinusoid(step, x))
+        if actions is not None:
+            to_embedding, to_modulation = self._embed_actions(actions, action_timestep, action_mask, condition_mask, t)
+            shared = shared + to_modulation
+            if config.action_layout == "frame":
+                embedding = self.time_norm(embedding) + to_embedding
+            else:
+                embedding = self.time_norm(embedding + to_embedding)
+        else:
+            embedding = self.time_norm(embedding)
 
         if config.context_dim:
             if text is None:
-                text = x.new_zeros(b, 1, config.context_dim)
+                text = x.new_zeros(b, count, config.context_dim)
             elif self.text_proj is not None:
                 text = F.gelu(self.text_proj(text))
             if text_mask is not None:  # zeros, of whatever number, are what one token of zeros is
                 text = text * text_mask.view(b, 1, 1).to(text.dtype)
+            text = text.reshape(b * count, -1, config.context_dim)
 
-        angles = rotary_angles(config, t, rows, columns, offset, x.device)
+        angles = rotary_angles(config, t // count, rows, columns, offset, x, fps).repeat(count, 1)
+        positions = self.positions(t, rows, columns, offset).to(x.dtype) if self.positions is not None else None
         mask = self._mask(t, rows * columns, cache, x.device)
-        keys, values = [], []
+        keys, values, entered = [], [], tokens
         for index, block in enumerate(self.blocks):
+            if index == 1 and skip is not None and (reused := skip.recall(entered, tokens)) is not None:
+                tokens = reused
+                break
             past = (cache.keys[index], cache.values[index]) if cache is not None and cache.keys else None
+            if positions is not None:
+                tokens = tokens + positions
             tokens, new_keys, new_values = block(tokens, embedding, shared, angles, text, mask, past)
             if commit:
                 keys.append(new_keys)
                 values.append(new_values)
+        else:
+            if skip is not None and len(self.blocks) > 1:
+                skip.keep(tokens)
         if commit:
             assert cache is not None
             cache.append(x, keys, values, config.window, config.sink)
@@ -411,19 +472,75 @@ class PredictTransformer(nn.Module):
         pooled = tokens.mean(dim=2)[:, first:]  # (b, t, n, d) -> (b, t', d)
         return velocity, self.action_head(pooled).reshape(actions.shape)
 
+    def _sinusoid(self, level: Tensor, like: Tensor) -> Tensor:
+        """``(b, t)`` -> ``(b, t, d)``, ``(b,)`` -> ``(b, 1, d)``."""
+        level = level[:, None] if level.ndim == 1 else level
+        level = level.to(torch.promote_types(like.dtype, torch.float32)) * self.config.timestep_scale
+        return sinusoid(level, self.config.width).to(like.dtype)
+
+    def _embed_actions(
+        self, actions: Tensor, level: Tensor | None, keep: Tensor | None, condition_mask: Tensor | None, frames: int
+    ) -> tuple[Tensor, ...]:
+        """What actions add to the timestep embedding ``(b, t or 1, d)`` and to the modulation ``(b, t or 1, 3d)``."""
+        assert self.action_embedder is not None
+        layout, b = self.config.action_layout, len(actions)
+        groups = 1 if layout == "cosmos-chunk" else actions.shape[1] // self.config.actions_per_latent
+        actions = actions.to(self.patch_in.weight.dtype).reshape(b, groups, -1)
+        added = self.action_embedder(actions, level)
+        if layout != "cosmos-chunk":  # where the sequence starts here, its first frame has no action
+            added = tuple(F.pad(part, (0, 0, frames - groups, 0)) for part in added)
+        if layout == "cosmos-frame" and condition_mask is not None:
+            noisy = 1 - condition_mask[:, 0, :, 0, 0, None].to(actions.dtype)  # (b, t, 1)
+            added = tuple(part * noisy for part in added)
+        if keep is not None:
+            added = tuple(part * keep.view(b, 1, 1).to(part.dtype) for part in added)
+        return added
+
+    def _views(self, x: Tensor, views: Tensor | None) -> Tensor | None:
+        """Indices ``(b, v)`` of the cameras that follow one another in ``x``."""
+        known = self.config.views
+        if not known:
+            if views is not None:
+                raise WorldloomError("this model knows one view only", got=views.tolist(), do="leave views out")
+            return None
+        if views is None:
+            return torch.zeros(x.shape[0], 1, dtype=torch.long, device=x.device)
+        views = views.to(x.device)
+        views = views.expand(x.shape[0], -1) if views.ndim == 1 else views
+        if views.ndim != 2 or len(views) != x.shape[0] or x.ndim != 5 or x.shape[2] % views.shape[1]:
+            raise WorldloomError(
+                "views are (v,) or (b, v), and the latent frames a multiple of v",
+                got=f"views {tuple(views.shape)}, latents {tuple(x.shape)}",
+            )
+        if int(views.min()) < 0 or int(views.max()) >= known:
+            raise WorldloomError(f"this model knows the views 0 to {known - 1}", got=views.tolist())
+        return views
+
     def _patchify(
-        self, x: Tensor, condition_mask: Tensor | None, padding_mask: Tensor | None, cache: KVCache | None
+        self,
+        x: Tensor,
+        condition_mask: Tensor | None,
+        padding_mask: Tensor | None,
+        views: Tensor | None,
+        cache: KVCache | None,
     ) -> Tensor:
-        """``(b, c, t, h, w)`` and the masks -> tokens ``(b, t, n, d)``; a patch is laid out (channel, row, column)."""
+        """``(b, c, t, h, w)``, masks, views -> tokens ``(b, t, n, d)``; a patch is laid out (channel, row, column)."""
         b, _, t, h, w = x.shape
         if self.config.previous_frame:
             before = cache.last if cache is not None and cache.last is not None else torch.zeros_like(x[:, :, :1])
             x = torch.cat([x, torch.cat([before, x[:, :, :-1]], dim=2)], dim=1)
         if self.config.condition_mask:
-            x = torch.cat([x, x.new_zeros(b, 1, t, h, w) if condition_mask is None else condition_mask], dim=1)
+            mask = x.new_zeros(b, 1, t, h, w) if condition_mask is None else condition_mask.to(x.dtype)
+            x = torch.cat([x, mask], dim=1)
         if self.config.padding_mask:
-            padding = x.new_zeros(b, 1, h, w) if padding_mask is None else padding_mask
-            x = torch.cat([x, padding.unsqueeze(2).expand(-1, -1, t, -1, -1).to(x.dtype)], dim=1)
+            mask = x.new_zeros(b, 1, h, w) if padding_mask is None else padding_mask.to(x.dtype)
+            if mask.shape[-2:] != (h, w):
+                mask = F.interpolate(mask, size=(h, w), mode="nearest")
+            x = torch.cat([x, mask.unsqueeze(2).expand(b, -1, t, -1, -1)], dim=1)
+        if self.view_embedding is not None:
+            assert views is not None
+            shown = self.view_embedding(views).repeat_interleave(t // views.shape[1], dim=1)  # (b, t, view_dim)
+            x = torch.cat([x, shown.to(x.dtype).mT[..., None, None].expand(-1, -1, -1, h, w)], dim=1)
         p = self.config.patch
         x = x.unflatten(4, (w // p, p)).unflatten(3, (h // p, p))  # (b, c, t, h/p, p, w/p, p)
         x = x.permute(0, 2, 3, 5, 1, 4, 6)  # (b, t, h/p, w/p, c, p, p)
@@ -448,7 +565,13 @@ class PredictTransformer(nn.Module):
         return causal_mask(rows, columns, tokens, window, sink)
 
     def _check(
-        self, x: Tensor, timestep: Tensor, actions: Tensor | None, text: Tensor | None, cache: KVCache | None
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        actions: Tensor | None,
+        text: Tensor | None,
+        cache: KVCache | None,
+        views: int,
     ) -> None:
         config = self.config
         if (
@@ -462,20 +585,25 @@ class PredictTransformer(nn.Module):
                 got=tuple(x.shape),
             )
         b, t = x.shape[0], x.shape[2]
-        if timestep.shape != (b, t):
-            raise WorldloomError("the noise level is one number per latent frame (b, t)", got=tuple(timestep.shape))
+        if tuple(timestep.shape) not in ((b,), (b, t)):
+            raise WorldloomError(
+                "the noise level is one number per latent frame (b, t), or one for all (b,)", got=tuple(timestep.shape)
+            )
         if cache is not None and config.attention != "causal":
             raise WorldloomError("only a causal model can be stepped", do="use a checkpoint with attention = 'causal'")
         if actions is not None:
             if not config.action_dim:
                 raise WorldloomError("this model takes no actions", got=tuple(actions.shape), do="leave them out")
             steps = t if cache is not None and cache.frames else t - 1
-            expected = (b, steps * config.actions_per_latent, config.action_dim)
+            number, meaning = steps * config.actions_per_latent, f"{config.actions_per_latent} a latent frame"
+            if config.action_layout == "cosmos-chunk":
+                number, meaning = config.action_chunk, "a whole chunk"
+            expected = (b, number, config.action_dim)
             if tuple(actions.shape) != expected:
                 raise WorldloomError(
                     "actions do not fit the latents",
                     got=tuple(actions.shape),
-                    do=f"give {expected}: (batch, {config.actions_per_latent} a latent frame, action_dim)",
+                    do=f"give {expected}: (batch, {meaning}, action_dim)",
                 )
         if text is not None and (not config.context_dim or text.shape[-1] != (config.text_dim or config.context_dim)):
             raise WorldloomError(
@@ -483,6 +611,8 @@ class PredictTransformer(nn.Module):
                 got=tuple(text.shape),
                 do=f"its last size is {config.text_dim or config.context_dim or 'absent: this model takes no text'}",
             )
+        if text is not None and text.shape[1] % views:
+            raise WorldloomError(f"{views} views need a text each, of one length", got=tuple(text.shape))
 
     def _check_action_noise(self, actions: Tensor | None, level: Tensor | None, return_actions: bool) -> None:
         if level is None and not return_actions:
