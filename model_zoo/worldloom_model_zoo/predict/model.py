@@ -275,6 +275,7 @@ class ActionEmbedder(nn.Module):
         super().__init__()
         hidden, d, layout = config.action_hidden, config.width, config.action_layout
         size = config.action_dim * (config.action_chunk if layout == "cosmos-chunk" else config.actions_per_latent)
+        self.size = size
         activation = nn.SiLU() if layout == "frame" else nn.GELU("tanh")
         self.to_embedding = nn.Sequential(nn.Linear(size, hidden), activation, nn.Linear(hidden, d))
         self.to_modulation = nn.Sequential(nn.Linear(size, hidden), activation, nn.Linear(hidden, 3 * d))
@@ -485,7 +486,7 @@ class PredictTransformer(nn.Module):
         assert self.action_embedder is not None
         layout, b = self.config.action_layout, len(actions)
         groups = 1 if layout == "cosmos-chunk" else actions.shape[1] // self.config.actions_per_latent
-        actions = actions.to(self.patch_in.weight.dtype).reshape(b, groups, -1)
+        actions = actions.to(self.patch_in.weight.dtype).reshape(b, groups, self.action_embedder.size)
         added = self.action_embedder(actions, level)
         if layout != "cosmos-chunk":  # where the sequence starts here, its first frame has no action
             added = tuple(F.pad(part, (0, 0, frames - groups, 0)) for part in added)

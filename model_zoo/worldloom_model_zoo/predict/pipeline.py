@@ -5,20 +5,23 @@ Letters: b batch, t latent frames, T video frames, r frames in a latent frame, H
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from worldloom.errors import WorldloomError
 from worldloom.protocols import VideoTokenizer
 from worldloom.schema import CheckpointRef, GenerationRequest
+from worldloom_model_zoo.predict.caching import TensorCache, default_cache
 from worldloom_model_zoo.predict.config import PredictCheckpoint, SamplerConfig
 from worldloom_model_zoo.predict.inputs import align_actions, read_conditioning
 from worldloom_model_zoo.predict.model import KVCache, PredictTransformer
-from worldloom_model_zoo.samplers import flow_euler, flow_interpolate, flow_levels, guide
+from worldloom_model_zoo.predict.sampling import GuidedNetwork, as_context, draw_latents, schedule
+from worldloom_model_zoo.samplers import flow_rolling, pyramid_levels
 
 
 class PredictPipeline:
@@ -62,16 +65,24 @@ class PredictPipeline:
     def generate(self, request: GenerationRequest, progress: Callable[[int, int], None] | None = None) -> Tensor:
         """The video a request describes, conditioning frames included: ``(1, 3, T, H, W)`` in [-1, 1].
 
-        ``progress(done, total)`` counts sampler steps; an exception that it raises ends the work.
+        ``progress(done, total)`` counts sampler steps; an exception that it raises ends the work. What is encoded is
+        kept on disk for the next request (`caching.default_cache`).
 
         Raises:
             WorldloomError: text for a model without text, no conditioning, actions of another size or number.
         """
         request, start, actions = self._read(request)
         assert request.frames is not None
-        sampler, text = self._sampler(request), [request.prompt] if request.prompt else None
         return self.generate_video(
-            start, actions, request.frames, text=text, seed=request.seed, sampler=sampler, progress=progress
+            start,
+            actions,
+            request.frames,
+            text=[request.prompt] if request.prompt else None,
+            seed=request.seed,
+            sampler=self._sampler(request),
+            progress=progress,
+            size=self._size(request),
+            cache=default_cache(),
         )
 
     def complete(self, request: GenerationRequest) -> GenerationRequest:
@@ -111,7 +122,12 @@ class PredictPipeline:
 
     def _read(self, request: GenerationRequest) -> tuple[GenerationRequest, Tensor | None, Tensor | None]:
         """The completed request, with the start and the actions that it names."""
-        start, actions = read_conditioning(request, self.config, self.frames_per_step)
+        if request.negative_prompt and not self.config.text.name:
+            raise WorldloomError("this model takes no text", got=request.negative_prompt, do="leave it out")
+        height, width = self._size(request)
+        start, actions = read_conditioning(
+            request, replace(self.config, height=height, width=width), self.frames_per_step
+        )
         frames = request.frames
         if frames is None:
             given = start.shape[2] if start is not None else 1
@@ -121,11 +137,37 @@ class PredictPipeline:
         fps = self.config.fps if request.fps is None else request.fps
         if fps <= 0:
             raise WorldloomError("the frame rate must be a positive number", got=fps)
-        completed = replace(request, frames=frames, steps=sampler.steps, guidance_scale=sampler.guidance_scale, fps=fps)
+        completed = replace(
+            request,
+            frames=frames,
+            steps=sampler.steps,
+            guidance_scale=sampler.guidance_scale + (sampler.guidance_convention == "conditional"),
+            fps=fps,
+            negative_prompt=sampler.negative_prompt,
+            shift=sampler.shift,
+            height=height,
+            width=width,
+        )
         return completed, start, actions
 
+    def _size(self, request: GenerationRequest) -> tuple[int, int]:
+        """Height and width of a request, of those that the model was trained at."""
+        sizes = [(self.config.height, self.config.width), *self.config.sizes]
+        for size in sizes:
+            if request.height in (None, size[0]) and request.width in (None, size[1]):
+                return size
+        raise WorldloomError(
+            "the model was not trained at this size",
+            got=f"height {request.height}, width {request.width}",
+            do="use " + " or ".join(f"height {height}, width {width}" for height, width in sizes),
+        )
+
     def _sampler(self, request: GenerationRequest) -> SamplerConfig:
-        given = {"steps": request.steps, "guidance_scale": request.guidance_scale}
+        """The model's sampler with what the request sets; a request's guidance is in the convention unconditional."""
+        given: dict[str, Any] = {"steps": request.steps, "shift": request.shift}
+        if request.guidance_scale is not None:
+            given["guidance_scale"] = request.guidance_scale - (self.sampler.guidance_convention == "conditional")
+        given["negative_prompt"] = request.negative_prompt or None
         return replace(self.sampler, **{key: value for key, value in given.items() if value is not None})
 
     def _check(self, start: Tensor | None, actions: Tensor | None, frames: int) -> None:
@@ -140,6 +182,24 @@ class PredictPipeline:
             raise WorldloomError(
                 f"{frames} frames need {frames - 1} actions, one between two frames", got=actions.shape[1]
             )
+        if start is not None:
+            self._check_start(start)
+
+    def _check_start(self, start: Tensor) -> None:
+        """A start is ``(b, 3, 1 + r k, H, W)`` of a size that divides into tokens."""
+        ratio, edge = self.frames_per_step, self.tokenizer.spatial_ratio * self.model.config.patch
+        if start.ndim != 5 or start.shape[1] != 3 or not start.shape[2] or (start.shape[2] - 1) % ratio:
+            raise WorldloomError(
+                f"a start is a video (b, 3, T, H, W) with T = 1 + {ratio}k",
+                got=tuple(start.shape),
+                do=f"give 1 or {ratio + 1} frames, or {ratio} more",
+            )
+        if start.shape[3] % edge or start.shape[4] % edge:
+            raise WorldloomError(
+                f"height and width must be multiples of {edge}",
+                got=tuple(start.shape[3:]),
+                do=f"resize to {self.config.height}x{self.config.width}, which the model was trained at",
+            )
 
     @torch.no_grad()
     def generate_video(
@@ -152,91 +212,200 @@ class PredictPipeline:
         seed: int = 0,
         sampler: SamplerConfig | None = None,
         progress: Callable[[int, int], None] | None = None,
+        size: tuple[int, int] | None = None,
+        cache: TensorCache | None = None,
     ) -> Tensor:
         """Continue ``start (b, 3, T0, H, W)``, T0 = 1 + r k, to ``frames`` = T video frames; the given frames are kept.
 
+        With full attention a video longer than ``sampler.chunk_frames`` is made in chunks: each starts from the last
+        ``overlap_frames`` of the one before.
+
         Args:
-            start: None where a text alone says what to show.
+            start: None where a text alone says what to show. Only these frames are encoded.
             actions: ``(b, T-1, a)`` from the first frame on; None for the null action.
             text: one for each row, or their vectors ``(b, m, text_dim)``.
             seed: of the noise; row i of a batch draws from seed + i, so a row does not depend on its batch.
-            progress: called with (sampler steps done, sampler steps in all); may raise to stop.
+            progress: called with (calls of the network done, calls in all), guidance apart; may raise to stop.
+            size: height and width where there is no start; None for the checkpoint's.
+            cache: keeps the encoded start and texts for the next time.
 
         Raises:
-            WorldloomError: lengths that do not fit, or neither start nor text.
+            WorldloomError: lengths or sizes that do not fit, or neither start nor text.
         """
         self._check(start, actions, frames)
-        ratio, sampler = self.frames_per_step, sampler or self.sampler
-        vectors = text if text is None or isinstance(text, Tensor) else self.encode_text(text)
+        sampler = sampler or self.sampler
+        network = self._network(sampler, text, cache)
         if start is not None:
             start = start.to(self.device)
-            context = self.tokenizer.encode(start)
-        elif vectors is not None:
+            context = self._encode(start, cache)
+        elif network.text is not None:
+            height, width = size or (self.config.height, self.config.width)
             edge = self.tokenizer.spatial_ratio
-            size = (self.config.height // edge, self.config.width // edge)
-            context = next(self.model.parameters()).new_zeros(len(vectors), self.tokenizer.latent_channels, 0, *size)
+            shape = (len(network.text), self.tokenizer.latent_channels, 0, height // edge, width // edge)
+            context = next(self.model.parameters()).new_zeros(shape)
         else:
             raise WorldloomError("a start is needed, or a text", got="neither")
+        actions = None if actions is None else actions.to(self.device)
         if self.model.config.attention == "causal":
-            t, known = 1 + (frames - 1) // ratio, context.shape[2]
-            world = _World(self.model, sampler, len(context), seed, vectors)
-            tick = _ticker(progress, (t - known) * sampler.steps)
-            chosen = None if actions is None else actions.to(self.device)
-            world.observe(context, None if chosen is None else chosen[:, : max(known - 1, 0) * ratio])
-            parts = [context]
-            for index in range(known, t):  # latent frame i >= 1 is led to by actions r (i - 1) to r i
-                led = None if chosen is None or not index else chosen[:, (index - 1) * ratio : index * ratio]
-                parts.append(world.advance(led, tick))
-            latents = torch.cat(parts, dim=2)
+            latents = self._generate_causally(network, context, actions, frames, seed, progress)
+            return self._decode_after(start, latents)
+        if sampler.rolling_delay:
+            raise WorldloomError("rolling_delay is for causal models", got=self.model.config.attention)
+        return self._generate_in_chunks(network, start, context, actions, frames, seed, progress)
+
+    def _network(
+        self, sampler: SamplerConfig, text: Sequence[str] | Tensor | None, cache: TensorCache | None = None
+    ) -> GuidedNetwork:
+        """The network with its text, and with the negative prompt where guidance makes use of one."""
+        text, negative = self._vectors(text, cache), None
+        if text is not None and sampler.guided and sampler.negative_prompt:
+            negative = self._vectors([sampler.negative_prompt], cache)
+            assert negative is not None
+            negative = negative.expand(len(text), -1, -1)
+        return GuidedNetwork(self.model, sampler, text, negative, self.config.fps)
+
+    def _vectors(self, text: Sequence[str] | Tensor | None, cache: TensorCache | None) -> Tensor | None:
+        if text is None or isinstance(text, Tensor):
+            return text
+        if cache is None or not self.config.text.name:
+            return self.encode_text(text)
+        # The encoder is loaded only where something is missing: so its fingerprint is that of the checkpoint.
+        ref = self.config.text
+        origin = ("text", ref.name, ref.fingerprint, str(ref.tokens), *self._machine())
+        rows = [cache.get(lambda one=one: self.encode_text([one]), *origin, one) for one in text]
+        return torch.cat(rows).to(self.device)
+
+    def _encode(self, start: Tensor, cache: TensorCache | None) -> Tensor:
+        if cache is None:
+            return self.tokenizer.encode(start)
+        origin = ("latents", self.tokenizer.fingerprint, *self._machine())
+        return cache.get(lambda: self.tokenizer.encode(start), *origin, start).to(self.device)
+
+    def _machine(self) -> tuple[str, ...]:
+        """What results depend on besides weights and input."""
+        weight = next(self.model.parameters())
+        return weight.device.type, str(weight.dtype), torch.__version__
+
+    def _generate_causally(
+        self,
+        network: GuidedNetwork,
+        context: Tensor,
+        actions: Tensor | None,
+        frames: int,
+        seed: int,
+        progress: Callable[[int, int], None] | None,
+    ) -> Tensor:
+        """Latents frame by frame, or several at a time with ``rolling_delay``."""
+        ratio, sampler, known = self.frames_per_step, network.sampler, context.shape[2]
+        t = 1 + (frames - 1) // ratio
+
+        def led(first: int, last: int) -> Tensor | None:
+            """Actions that lead to latent frames ``first`` to before ``last``; frame i >= 1 has r (i - 1) to r i."""
+            return None if actions is None else actions[:, max(first - 1, 0) * ratio : max(last - 1, 0) * ratio]
+
+        world = _World(network, len(context), seed)
+        world.observe(context, led(0, known))
+        parts = [context]
+        if sampler.rolling_delay:
+            total = pyramid_levels(schedule(sampler), t - known, sampler.rolling_delay).shape[0] - 1
+            parts.extend(world.roll(t - known, lambda a, b: led(known + a, known + b), _ticker(progress, total)))
         else:
-            t = 1 + (frames - 1) // ratio
-            latents = self._denoise_jointly(context, actions, vectors, t, seed, sampler, progress)
-        video = self.tokenizer.decode(latents)
-        return video if start is None else torch.cat([start, video[:, :, start.shape[2] :]], dim=2)
+            tick = _ticker(progress, (t - known) * sampler.calls)
+            parts.extend(world.advance(led(index, index + 1), tick) for index in range(known, t))
+        return torch.cat(parts, dim=2)
+
+    def _generate_in_chunks(
+        self,
+        network: GuidedNetwork,
+        start: Tensor | None,
+        context: Tensor,
+        actions: Tensor | None,
+        frames: int,
+        seed: int,
+        progress: Callable[[int, int], None] | None,
+    ) -> Tensor:
+        """The video, all frames of a chunk at once."""
+        ratio, sampler = self.frames_per_step, network.sampler
+        longest, overlap = sampler.chunk_frames or frames, sampler.overlap_frames
+        if (longest - 1) % ratio or (overlap - 1) % ratio:
+            raise WorldloomError(
+                f"chunk_frames and overlap_frames must be 1 + {ratio}k", got=f"{longest} and {overlap}"
+            )
+        if start is not None and start.shape[2] >= longest:
+            raise WorldloomError(
+                "the start is as long as a chunk", got=start.shape[2], do=f"give fewer than {longest} frames"
+            )
+        count = 1 + max(0, -(-(frames - longest) // (longest - overlap)))
+        length = min(frames, longest) if count == 1 else longest  # every chunk as long as in training; the end is cut
+        tick = _ticker(progress, count * sampler.calls)
+        generators = _generators(len(context), seed)
+        video = start if start is not None else None
+        for index in range(count):
+            if index:
+                assert video is not None
+                context = self.tokenizer.encode(video[:, :, -overlap:])
+            begin = index * (longest - overlap)
+            chosen = None if actions is None else actions[:, begin : begin + length - 1]
+            if chosen is not None and chosen.shape[1] < length - 1:  # what they lead to is cut off
+                chosen = F.pad(chosen, (0, 0, 0, length - 1 - chosen.shape[1]))
+            latents = self._denoise_jointly(network, context, chosen, 1 + (length - 1) // ratio, generators, tick)
+            if index:
+                assert video is not None
+                video = torch.cat([video, self.tokenizer.decode(latents)[:, :, overlap:]], dim=2)
+            else:
+                video = self._decode_after(start, latents)
+        assert video is not None
+        return video[:, :, :frames]
 
     def _denoise_jointly(
         self,
+        network: GuidedNetwork,
         context: Tensor,
         actions: Tensor | None,
-        text: Tensor | None,
         t: int,
-        seed: int,
-        sampler: SamplerConfig,
-        progress: Callable[[int, int], None] | None,
+        generators: list[torch.Generator],
+        tick: Callable[[], None],
     ) -> Tensor:
-        """Full attention: all frames at once, context frames held clean at noise level 0."""
+        """Full attention: t frames at once, with the given ones put in place at every step."""
         b, c, known, h, w = context.shape
-        generators = _generators(b, seed)
         noise = _noise(generators, (c, t - known, h, w), context)
-        actions = None if actions is None else actions.to(context)
         given = context.new_zeros(b, 1, t, h, w)
         given[:, :, :known] = 1
-        tick = _ticker(progress, sampler.steps)
+        shown, level = as_context(context, network.sampler, lambda: _noise(generators, (c, known, h, w), context))
+        network.renew()
 
-        def velocity(x: Tensor, level: float) -> Tensor:
-            levels = torch.cat([context.new_zeros(b, known), context.new_full((b, t - known), level)], dim=1)
-            whole = torch.cat([context, x], dim=2)
-            made = self._guided(whole, levels, actions, text, given, sampler.guidance_scale)[:, :, known:]
+        def predict(x: Tensor, at: float, step: float | None) -> Tensor:
+            levels = [level] * known + [at] * (t - known)
+            whole = torch.cat([shown, x], dim=2)
+            made = network(whole, levels, actions, known=known, step=step, condition_mask=given)
             tick()
-            return made
+            return made[:, :, known:]
 
-        made = flow_euler(velocity, noise, flow_levels(sampler.steps, sampler.shift))
+        made = draw_latents(predict, noise, network.sampler, lambda: _noise(generators, tuple(noise.shape[1:]), noise))
         return torch.cat([context, made], dim=2)
 
-    def _guided(
-        self, x: Tensor, levels: Tensor, actions: Tensor | None, text: Tensor | None, given: Tensor, scale: float
-    ) -> Tensor:
-        conditional = self.model(x, levels, actions, text, condition_mask=given)
-        if scale == 1 or (actions is None and text is None):
-            return conditional
-        return guide(conditional, self.model(x, levels, None, None, condition_mask=given), scale)
+    def _decode_after(self, start: Tensor | None, latents: Tensor) -> Tensor:
+        """The decoded video, with the start in the place of its reconstruction."""
+        video = self.tokenizer.decode(latents)
+        return video if start is None else torch.cat([start, video[:, :, start.shape[2] :]], dim=2)
 
     # -- Steps ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def reset(self, video: Tensor, actions: Tensor | None = None, *, seed: int = 0) -> Tensor:
-        """Start a world from ``(b, 3, T, H, W)``, T = 1 + r k; returns the start as the tokenizer sees it."""
-        world = _World(self.model, self.sampler, video.shape[0], seed)
+    def reset(
+        self,
+        video: Tensor,
+        actions: Tensor | None = None,
+        *,
+        seed: int = 0,
+        text: Sequence[str] | Tensor | None = None,
+    ) -> Tensor:
+        """Start a world from ``(b, 3, T, H, W)``, T = 1 + r k; returns the start as the tokenizer sees it.
+
+        ``text`` says what the world is, one for each row or their vectors, for models that take it.
+        """
+        self._check_start(video)
+        world = _World(self._network(self.sampler, text), video.shape[0], seed)
         context = self.tokenizer.encode(video.to(self.device))
         world.observe(context, None if actions is None else actions.to(self.device))
         self._world = world
@@ -268,10 +437,8 @@ class PredictPipeline:
 class _World:
     """The state of one rollout: what the model has seen, the decoder's state, the noise streams."""
 
-    def __init__(
-        self, model: PredictTransformer, sampler: SamplerConfig, batch: int, seed: int, text: Tensor | None = None
-    ) -> None:
-        self.model, self.sampler, self.text = model, sampler, text
+    def __init__(self, network: GuidedNetwork, batch: int, seed: int) -> None:
+        self.network, self.sampler = network, network.sampler
         self.cache = KVCache()
         self.decoder_state: dict[Any, Tensor] = {}
         self.generators = _generators(batch, seed)
@@ -281,34 +448,52 @@ class _World:
 
     def observe(self, latents: Tensor, actions: Tensor | None) -> None:
         """Take clean latent frames ``(b, c, t, h, w)`` and the actions that led to them into the cache."""
-        b, c, t, h, w = latents.shape
+        c, t, h, w = latents.shape[1:]
         self.shape = (c, 1, h, w)
-        if not t:
-            return
-        level = latents.new_full((b, t), self.sampler.context_noise)
-        if self.sampler.context_noise:
-            noise = _noise(self.generators, (c, t, h, w), latents)
-            latents = flow_interpolate(latents, noise, level)
-        self.model(latents, level, actions, self.text, cache=self.cache, commit=True)
+        if t:
+            shown, level = as_context(latents, self.sampler, lambda: _noise(self.generators, (c, t, h, w), latents))
+            self.network.commit(shown, level, actions, self.cache)
 
     def advance(self, actions: Tensor | None, tick: Callable[[], None] = lambda: None) -> Tensor:
-        """Sample the next latent frame ``(b, c, 1, h, w)``; `tick` after each step."""
+        """Sample the next latent frame ``(b, c, 1, h, w)``; `tick` after each call of the network."""
         if self.newest is not None:
             self.observe(*self.newest)
-        noise = _noise(self.generators, self.shape, next(self.model.parameters()))
-        b, scale = len(self.generators), self.sampler.guidance_scale
 
-        def velocity(x: Tensor, level: float) -> Tensor:
-            levels = x.new_full((b, 1), level)
-            made = self.model(x, levels, actions, self.text, cache=self.cache)
-            if scale != 1 and (actions is not None or self.text is not None):
-                made = guide(made, self.model(x, levels, None, None, cache=self.cache), scale)
+        def predict(x: Tensor, level: float, step: float | None) -> Tensor:
+            made = self.network(x, [level], actions, step=step, cache=self.cache)
             tick()
             return made
 
-        latents = flow_euler(velocity, noise, flow_levels(self.sampler.steps, self.sampler.shift))
+        self.network.renew()
+        latents = draw_latents(predict, self._draw(), self.sampler, self._draw)
         self.newest = (latents, actions)
         return latents
+
+    def roll(
+        self, frames: int, led: Callable[[int, int], Tensor | None], tick: Callable[[], None] = lambda: None
+    ) -> Iterator[Tensor]:
+        """The next ``frames`` latent frames, several of them half done at any time (rolling diffusion).
+
+        Args:
+            led: actions that lead to the frames from the first to before the second, counted from the first new one.
+        """
+        if self.newest is not None:
+            self.observe(*self.newest)
+            self.newest = None
+
+        def velocity(x: Tensor, levels: Tensor, first: int) -> Tensor:
+            made = self.network(x, levels.tolist(), led(first, first + x.shape[2]), cache=self.cache)
+            tick()
+            return made
+
+        levels = schedule(self.sampler)
+        rolled = flow_rolling(velocity, self._draw, levels, min(self.sampler.rolling_delay, len(levels) - 1), frames)
+        for index, latents in enumerate(rolled):
+            self.observe(latents, led(index, index + 1))
+            yield latents
+
+    def _draw(self) -> Tensor:
+        return _noise(self.generators, self.shape, next(self.network.model.parameters()))
 
 
 def _ticker(progress: Callable[[int, int], None] | None, total: int) -> Callable[[], None]:

@@ -55,4 +55,3 @@ class FirstBlockCache:
     def share(self) -> float:
         """Share of the steps that were skipped."""
         return self.skipped / max(self.skipped + self.computed, 1)
-
