@@ -1,9 +1,10 @@
 """Few-step objectives, and the choice among all of them.
 
-- Distillation: a frozen teacher makes many small steps along its own path, the student is to make them in one (progressive
-  distillation, Salimans & Ho 2022, for rectified flow). A student of k steps takes exactly the steps of a k-step sampler.
-- Shortcut models (Frans et al. 2024): told the size of a step, one network learns steps of every size, the long ones from
-  two of its own half as long. No teacher; the model needs ``step_size``.
+- Distillation: a frozen teacher makes many small steps along its own path, the student is to make them in one
+  (progressive distillation, Salimans & Ho 2022, for rectified flow). A student of k steps takes exactly the steps of a
+  k-step sampler.
+- Shortcut models (Frans et al. 2024): told the size of a step, one network learns steps of every size, the long ones
+  from two of its own half as long. No teacher; the model needs ``step_size``.
 
 Both leave every frame its own noise level, so a causal model stays a causal model.
 
@@ -69,8 +70,8 @@ def teacher_path(
 ) -> tuple[Tensor, Tensor]:
     """Where the teacher arrives by ``teacher_substeps`` Euler steps, and the level ``(b, t)`` there.
 
-    Noisy frames go from their level to the next of a ``steps``-step sampler's, all of them together; context frames stay
-    what they are, and are true ones, even where the student is shown its own.
+    Noisy frames go from their level to the next of a ``steps``-step sampler's, all of them together; context frames
+    stay what they are, and are true ones, even where the student is shown its own.
 
     Args:
         drawn: levels of noisy frames are among those that `worldloom_finetune.objectives.step_levels` gives.
@@ -128,9 +129,9 @@ def shortcut_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """Flow where steps are short, agreement with two half steps where they are long (Frans et al. 2024, eq. 5).
 
-    A share ``bootstrap_share`` of the samples take steps of 1, 1/2, ..., 2/``steps`` from a level that is a multiple of the
-    step; their target is the mean of the two velocities of the half steps, without gradients. The others have the
-    velocity of rectified flow as their target, at step 0 or 1/``steps``.
+    A share ``bootstrap_share`` of the samples take steps of 1, 1/2, ..., 2/``steps`` from a level that is a multiple
+    of the step; their target is the mean of the two velocities of the half steps, without gradients. The others have
+    the velocity of rectified flow as their target, at step 0 or 1/``steps``.
 
     Raises:
         WorldloomError: a model without ``step_size``, or a loss that is not finite.

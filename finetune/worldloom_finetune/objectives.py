@@ -53,11 +53,11 @@ class ObjectiveConfig:
     action_weight: float = 0.0
     """Weight of the actions' velocity in the loss, for models with ``action_head``; 0 leaves actions clean."""
     modes: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """With ``action_weight``: how often a sample trains forward dynamics (clean actions, noisy frames), inverse dynamics
-    (noisy actions, clean frames) and policy (both noisy, each at its own level), relative to each other."""
+    """With ``action_weight``, how often a sample trains forward dynamics (clean actions, noisy frames), inverse
+    dynamics (noisy actions, clean frames) and policy (both noisy, each at its own level), relative to each other."""
     rollout_share: float = 0.0
-    """Share of samples whose last context frames are the model's own, sampled as in use (self forcing, Huang et al. 2025),
-    so that its errors are met in training. For causal models."""
+    """Share of samples whose last context frames are the model's own, sampled as in use (self forcing, Huang et al.
+    2025), so that its errors are met in training. For causal models."""
     rollout_frames: int = 3
     """Latent frames of such a rollout, at most."""
     rollout_steps: int = 2
@@ -70,10 +70,10 @@ class ObjectiveConfig:
     """``distill``: the teacher's guidance on actions and text; the model then needs none."""
     bootstrap_share: float = 0.25
     """``shortcut``: share of samples that train steps longer than the shortest."""
-    sigma_data: float = 0.5
+    sigma_data: float = 1.0
     """``edm``: standard deviation of the latents."""
-    sigma_mean: float = -0.4
-    """``edm``: mean of the logarithm of sigma (-0.4 in DIAMOND, Alonso et al. 2024)."""
+    sigma_mean: float = 0.3
+    """``edm``: mean of the logarithm of sigma; for a ``sigma_data`` of 0.5 DIAMOND has -0.4 (Alonso et al. 2024)."""
     sigma_std: float = 1.2
     """``edm``: its standard deviation."""
 
@@ -91,9 +91,6 @@ class ObjectiveConfig:
                 f"objective.kind = {self.kind!r} has neither rollouts nor actions of its own",
                 do="set rollout_share and action_weight to 0",
             )
-
-
-FlowConfig = ObjectiveConfig
 
 
 @dataclass(frozen=True)
@@ -274,9 +271,9 @@ def edm_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """Denoising under EDM (Karras et al. 2022, table 1 and eq. 8), with a sigma per frame.
 
-    The network F sees c_in x and, as its timestep, c_noise = ln(sigma) / 4; the denoiser is D = c_skip x + c_out F, what
-    `worldloom_model_zoo.samplers.edm_denoiser` samples from. With the weight 1 / c_out^2 the loss is the mean squared
-    error of F. ln(sigma) is normal; context frames have a sigma uniform in [0, context_noise], at least 0.002.
+    The network F sees c_in x and, as its timestep, c_noise = ln(sigma) / 4; the denoiser is D = c_skip x + c_out F,
+    what `worldloom_model_zoo.samplers.edm_denoiser` samples from. With the weight 1 / c_out^2 the loss is the mean
+    squared error of F. ln(sigma) is normal; context frames have a sigma uniform in [0, context_noise], at least 0.002.
 
     Raises:
         WorldloomError: if the loss is not finite.

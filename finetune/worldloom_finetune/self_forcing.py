@@ -70,8 +70,9 @@ def roll_out(
     observe(latents[:, :, :start], 0)
     made = []
     for frame in range(start, start + frames):
+        taken = led_to(frame, frame + 1)
 
-        def velocity(x: Tensor, level: float, taken: Tensor | None = led_to(frame, frame + 1)) -> Tensor:
+        def velocity(x: Tensor, level: float, taken: Tensor | None = taken) -> Tensor:
             return model(x, x.new_full((b, 1), level), taken, batch.text, **masks, cache=cache)
 
         x = flow_euler(velocity, torch.randn((b, c, 1, h, w), generator=generator).to(latents), levels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import sys
@@ -24,10 +25,17 @@ from worldloom.shards import Dataset, DatasetIndex, ShardSample, open_dataset
 from worldloom.weights import WEIGHTS, assign_weights, read_weights, write_weights
 from worldloom_finetune import data, lora
 from worldloom_finetune.config import FinetuneConfig
+from worldloom_finetune.distillation import world_loss
 from worldloom_finetune.export import artifact_of, rounded
-from worldloom_finetune.objectives import FlowConfig, channel_weights, rectified_flow_loss
+from worldloom_finetune.objectives import ObjectiveConfig, channel_weights
 from worldloom_model_zoo.predict.checkpoint import PredictAdapter, fresh_actions
-from worldloom_model_zoo.predict.config import PredictCheckpoint, PredictConfig, TextEncoderRef, TokenizerRef
+from worldloom_model_zoo.predict.config import (
+    PredictCheckpoint,
+    PredictConfig,
+    SamplerConfig,
+    TextEncoderRef,
+    TokenizerRef,
+)
 from worldloom_model_zoo.predict.inputs import align_actions
 from worldloom_model_zoo.predict.model import PredictTransformer
 
@@ -41,8 +49,8 @@ _PRESETS = ("nano", "nano_text", "tiny", "cosmos_predict25_2b", "cosmos_predict2
 class WorldTraining(FinetuneConfig):
     """Configuration of the recipe "world"."""
 
-    objective: FlowConfig = field(default_factory=FlowConfig)
-    """Noise levels and dropout of the rectified-flow loss."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """What it is trained for."""
     model: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `PredictConfig` that differ from the preset; for training from scratch."""
     text_encoder: str = "minilm"
@@ -61,8 +69,8 @@ class Base:
     """Its weights, or None for a preset."""
     sha256: str
     """Of the weights' file; empty for a preset."""
-    action_dim: int = 0
-    """Size of its actions before it was fitted to the data."""
+    network: PredictConfig | None = None
+    """That of the weights, before it was fitted to the data and the objective."""
     new_actions: bool = False
     """Whether it does not know the data's actions, so that their embedding starts afresh."""
 
@@ -72,6 +80,8 @@ class WorldJob:
 
     config_class: ClassVar[type[WorldTraining]] = WorldTraining
     kind: ClassVar[str] = "model"
+    teacher: PredictTransformer | None = None
+    """A frozen copy of the base, to distil."""
 
     def __init__(
         self,
@@ -95,6 +105,7 @@ class WorldJob:
         model_config = base.checkpoint.model
         self.unused = bool(model_config.context_dim and not dataset.index.metadata.get("text_encoder"))
         self.unused |= bool(model_config.action_dim and not dataset.index.action_dim)
+        self.unused |= model_config.action_head and not config.objective.action_weight
         self._tokenizer: Any = None
         self._weights: Tensor | None = None  # of the latent channels in the loss
 
@@ -147,6 +158,7 @@ class WorldJob:
         ratio, channels, shortest = _facts(dataset)
         base = open_base(request.model, config, dataset, ratio, channels)
         model = build(base)
+        teacher = _teacher(base, model) if config.objective.kind == "distill" else None
         if config.lora.rank:
             if base.weights is None:
                 raise WorldloomError(
@@ -160,7 +172,7 @@ class WorldJob:
         train, val = data.split(groups, config.data.val_fraction)
         read = Aligned(dataset, base.checkpoint)
         hold = sum(ref.bytes for ref in dataset.index.shards) < config.data.memory_gb * 1e9
-        return cls(
+        job = cls(
             config,
             model,
             base,
@@ -168,13 +180,18 @@ class WorldJob:
             data.LatentItems(read, train, frames, ratio, hold=hold),
             data.LatentItems(read, val, frames, ratio, hold=hold),
         )
+        job.teacher = teacher
+        return job
 
     # -- training -------------------------------------------------------------------------------------------------
 
     def loss(self, batch: LatentBatch, generator: torch.Generator, step: int | None) -> tuple[Tensor, dict[str, float]]:
-        """Rectified-flow loss of a batch of latents."""
+        """The objective's loss of a batch of latents."""
         del step  # the same from the first to the last
-        return rectified_flow_loss(self.model, batch, self.config.objective, generator, self._channel_weights())
+        if self.teacher is not None:
+            self.teacher.to(batch.latents)
+        weights = self._channel_weights()
+        return world_loss(self.model, batch, self.config.objective, generator, weights, self.teacher)
 
     def _channel_weights(self) -> Tensor | None:
         if not self.config.objective.pixel_weighting:
@@ -267,7 +284,7 @@ def open_base(name: str, config: WorldTraining, dataset: Dataset, ratio: int, ch
     """
     index = dataset.index
     reference = index.tokenizer or {}
-    preset, old_actions, new_actions = _preset(name), 0, False
+    preset, network, new_actions = _preset(name), None, False
     if preset:
         made: PredictConfig = getattr(importlib.import_module(_FAMILY), preset)()
         given = dataclasses.asdict(made) | {
@@ -285,7 +302,7 @@ def open_base(name: str, config: WorldTraining, dataset: Dataset, ratio: int, ch
         weights = read_weights(folder, expected)
         checkpoint = configs.load(PredictCheckpoint, folder / "config.toml")
         sha256 = file_digest(folder / WEIGHTS)
-        model, old_actions = checkpoint.model, checkpoint.model.action_dim
+        model = network = checkpoint.model
         new_actions = bool(index.action_dim) and not _understands(checkpoint, index)
         if new_actions:
             model = dataclasses.replace(model, action_dim=index.action_dim)
@@ -298,9 +315,15 @@ def open_base(name: str, config: WorldTraining, dataset: Dataset, ratio: int, ch
             f"{model.actions_per_latent}",
             do="encode the clips with the model's own tokenizer",
         )
+    fitted = _fit(model, config.objective)
+    if network is not None and fitted != model and config.lora.rank:
+        raise WorldloomError(
+            "this objective gives the model new parts, which LoRA would leave untrained", do="set lora.rank = 0"
+        )
     checkpoint = dataclasses.replace(
         checkpoint,
-        model=model,
+        model=fitted,
+        sampler=_sampler(checkpoint.sampler, config.objective),
         tokenizer=TokenizerRef(
             str(reference.get("name") or checkpoint.tokenizer.name), str(reference.get("fingerprint", ""))
         ),
@@ -310,7 +333,33 @@ def open_base(name: str, config: WorldTraining, dataset: Dataset, ratio: int, ch
         checkpoint = dataclasses.replace(checkpoint, height=index.size[0], width=index.size[1])
     if index.fps is not None:
         checkpoint = dataclasses.replace(checkpoint, fps=float(index.fps))
-    return Base(name, checkpoint, weights, sha256, old_actions, new_actions)
+    return Base(name, checkpoint, weights, sha256, network, new_actions)
+
+
+def _fit(model: PredictConfig, objective: ObjectiveConfig) -> PredictConfig:
+    """The network with the parts that an objective trains."""
+    if objective.action_weight:
+        model = dataclasses.replace(model, action_head=True)
+    return dataclasses.replace(model, step_size=True) if objective.kind == "shortcut" else model
+
+
+def _sampler(sampler: SamplerConfig, objective: ObjectiveConfig) -> SamplerConfig:
+    """The sampler that a model trained for an objective needs; as it was, where it may stay."""
+    if objective.kind == "edm":
+        return dataclasses.replace(
+            sampler, method="edm_heun", schedule="karras", sigma_min=0.002, sigma_max=80.0,
+            sigma_data=objective.sigma_data, steps=max(sampler.steps, 8),
+        )  # fmt: skip
+    if objective.kind == "shortcut":
+        steps = min(4, objective.steps)
+        return dataclasses.replace(sampler, method="shortcut", schedule="uniform", first_level=1.0, steps=steps)
+    if objective.kind == "distill":
+        off = 1.0 if sampler.guidance_convention == "unconditional" else 0.0
+        return dataclasses.replace(
+            sampler, method="euler", schedule="uniform", first_level=1.0, last_level=0.0, steps=objective.steps,
+            shift=objective.shift, guidance_scale=sampler.guidance_scale if objective.teacher_guidance == 1 else off,
+        )  # fmt: skip
+    return sampler
 
 
 def _text_encoder(name: str, config: WorldTraining, settings: PredictCheckpoint) -> Any:
@@ -405,13 +454,34 @@ def find_checkpoint(name: str) -> tuple[Path, str]:
 
 
 def build(base: Base) -> PredictTransformer:
-    """The base model; where it does not know the data's actions, its action embedder is new."""
+    """The base model; new are the action embedder where it does not know the data's actions, and parts it lacks."""
     wanted = base.checkpoint.model
-    if base.weights is None:
+    if base.weights is None or base.network is None:
         return PredictTransformer(wanted)
-    model = PredictTransformer(dataclasses.replace(wanted, action_dim=base.action_dim))
+    model = PredictTransformer(base.network)
     assign_weights(model, base.weights, Path(base.name))
-    return fresh_actions(model, wanted.action_dim) if base.new_actions else model
+    if base.new_actions:
+        model = fresh_actions(model, wanted.action_dim)
+    if model.config == wanted:
+        return model
+    larger = PredictTransformer(wanted)
+    larger.load_state_dict(model.state_dict(), strict=False)
+    return larger
+
+
+def _teacher(base: Base, model: PredictTransformer) -> PredictTransformer:
+    """A frozen copy of the base.
+
+    Raises:
+        WorldloomError: it is untrained, wholly or for the data's actions.
+    """
+    if base.weights is None or base.new_actions:
+        raise WorldloomError(
+            "a teacher must be trained, and for the data's actions",
+            got=base.name,
+            do="train with objective.kind = 'flow' first, and give the result as --model",
+        )
+    return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def _preset(name: str) -> str:

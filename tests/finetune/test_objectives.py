@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from worldloom import LatentBatch, WorldloomError
 from worldloom_finetune.objectives import (
-    FlowConfig,
+    ObjectiveConfig,
     channel_weights,
     noise_levels,
     rectified_flow_loss,
@@ -39,7 +39,7 @@ def batch(b: int = 4, t: int = 5) -> LatentBatch:
 @settings(deadline=None, max_examples=40)
 @given(t=st.integers(1, 9), seed=st.integers(0, 2**31), mode=st.sampled_from(["prefix", "independent", "mixed"]))
 def test_noise_levels(t: int, seed: int, mode: str) -> None:
-    config = FlowConfig(context=mode, context_noise=0.1)
+    config = ObjectiveConfig(context=mode, context_noise=0.1)
     level, weight = noise_levels(16, t, config, torch.Generator().manual_seed(seed))
     assert level.shape == weight.shape == (16, t)
     assert ((level >= 0) & (level <= 1)).all()
@@ -55,10 +55,10 @@ def test_noise_levels(t: int, seed: int, mode: str) -> None:
 
 def test_the_true_velocity_has_no_loss_and_an_error_has_its_square() -> None:
     data = batch()
-    loss, _ = rectified_flow_loss(Oracle(data.latents), data, FlowConfig(), torch.Generator().manual_seed(0))
+    loss, _ = rectified_flow_loss(Oracle(data.latents), data, ObjectiveConfig(), torch.Generator().manual_seed(0))
     assert loss < 1e-6
     loss, metrics = rectified_flow_loss(
-        Oracle(data.latents, bias=0.5), data, FlowConfig(), torch.Generator().manual_seed(0)
+        Oracle(data.latents, bias=0.5), data, ObjectiveConfig(), torch.Generator().manual_seed(0)
     )
     assert loss.item() == pytest.approx(0.25, rel=1e-3)
     assert metrics["loss_high_noise"] == pytest.approx(0.25, rel=1e-3)
@@ -68,7 +68,7 @@ def test_actions_are_dropped_at_the_stated_rate() -> None:
     data = batch(b=64)
     oracle = Oracle(data.latents)
     for seed in range(20):
-        rectified_flow_loss(oracle, data, FlowConfig(action_dropout=0.25), torch.Generator().manual_seed(seed))
+        rectified_flow_loss(oracle, data, ObjectiveConfig(action_dropout=0.25), torch.Generator().manual_seed(seed))
     dropped = 1 - sum(oracle.kept) / len(oracle.kept)
     assert 0.2 < dropped < 0.3
 
@@ -79,9 +79,9 @@ def test_equal_generators_give_equal_losses_and_gradients_reach_every_weight() -
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.1)
-    first, _ = rectified_flow_loss(model, data, FlowConfig(), torch.Generator().manual_seed(5))
-    again, _ = rectified_flow_loss(model, data, FlowConfig(), torch.Generator().manual_seed(5))
-    other, _ = rectified_flow_loss(model, data, FlowConfig(), torch.Generator().manual_seed(6))
+    first, _ = rectified_flow_loss(model, data, ObjectiveConfig(), torch.Generator().manual_seed(5))
+    again, _ = rectified_flow_loss(model, data, ObjectiveConfig(), torch.Generator().manual_seed(5))
+    other, _ = rectified_flow_loss(model, data, ObjectiveConfig(), torch.Generator().manual_seed(6))
     assert first == again
     assert first != other
     first.backward()
@@ -107,7 +107,11 @@ def test_channel_weights_are_the_share_of_each_channel_in_pixels() -> None:
             return super().forward(*args, **kwargs) + weighed[None, :, None, None, None]
 
     loss, _ = rectified_flow_loss(
-        Biased(data.latents), data, FlowConfig(), torch.Generator().manual_seed(0), torch.tensor([1.0] + [0.0] * 15)
+        Biased(data.latents),
+        data,
+        ObjectiveConfig(),
+        torch.Generator().manual_seed(0),
+        torch.tensor([1.0] + [0.0] * 15),
     )
     assert loss < 1e-6  # the one channel that counts is right
 
@@ -116,4 +120,4 @@ def test_losses_that_are_not_finite_are_refused() -> None:
     data = batch()
     data.latents[0, 0, 0, 0, 0] = float("nan")
     with pytest.raises(WorldloomError, match="not finite"):
-        rectified_flow_loss(PredictTransformer(tiny(2)), data, FlowConfig(), torch.Generator())
+        rectified_flow_loss(PredictTransformer(tiny(2)), data, ObjectiveConfig(), torch.Generator())
