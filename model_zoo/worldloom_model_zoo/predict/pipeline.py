@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from worldloom.errors import WorldloomError
 from worldloom.protocols import VideoTokenizer
 from worldloom.schema import CheckpointRef, GenerationRequest
+from worldloom_model_zoo.predict import actions as action_sampling
 from worldloom_model_zoo.predict.caching import TensorCache, default_cache
 from worldloom_model_zoo.predict.config import PredictCheckpoint, SamplerConfig
 from worldloom_model_zoo.predict.inputs import align_actions, read_conditioning
@@ -25,7 +26,10 @@ from worldloom_model_zoo.samplers import flow_rolling, pyramid_levels
 
 
 class PredictPipeline:
-    """A model with its tokenizer and sampler. Implements `Generates`, and `Steps` where attention is causal."""
+    """A model with its tokenizer and sampler.
+
+    Implements `Generates`; `Steps` where attention is causal; `InfersActions` and `Acts` where there is an action head.
+    """
 
     def __init__(
         self,
@@ -209,6 +213,7 @@ class PredictPipeline:
         frames: int,
         *,
         text: Sequence[str] | Tensor | None = None,
+        negative: Sequence[str] | Tensor | None = None,
         seed: int = 0,
         sampler: SamplerConfig | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -224,6 +229,7 @@ class PredictPipeline:
             start: None where a text alone says what to show. Only these frames are encoded.
             actions: ``(b, T-1, a)`` from the first frame on; None for the null action.
             text: one for each row, or their vectors ``(b, m, text_dim)``.
+            negative: the same, to be guided away from; None for ``sampler.negative_prompt``.
             seed: of the noise; row i of a batch draws from seed + i, so a row does not depend on its batch.
             progress: called with (calls of the network done, calls in all), guidance apart; may raise to stop.
             size: height and width where there is no start; None for the checkpoint's.
@@ -234,7 +240,7 @@ class PredictPipeline:
         """
         self._check(start, actions, frames)
         sampler = sampler or self.sampler
-        network = self._network(sampler, text, cache)
+        network = self._network(sampler, text, negative, cache)
         if start is not None:
             start = start.to(self.device)
             context = self._encode(start, cache)
@@ -254,13 +260,20 @@ class PredictPipeline:
         return self._generate_in_chunks(network, start, context, actions, frames, seed, progress)
 
     def _network(
-        self, sampler: SamplerConfig, text: Sequence[str] | Tensor | None, cache: TensorCache | None = None
+        self,
+        sampler: SamplerConfig,
+        text: Sequence[str] | Tensor | None,
+        negative: Sequence[str] | Tensor | None = None,
+        cache: TensorCache | None = None,
     ) -> GuidedNetwork:
-        """The network with its text, and with the negative prompt where guidance makes use of one."""
-        text, negative = self._vectors(text, cache), None
-        if text is not None and sampler.guided and sampler.negative_prompt:
-            negative = self._vectors([sampler.negative_prompt], cache)
-            assert negative is not None
+        """The network with its text, and with the negative one where guidance makes use of it."""
+        text = self._vectors(text, cache)
+        if negative is None and sampler.negative_prompt:
+            negative = [sampler.negative_prompt]
+        if text is None or not sampler.guided:
+            negative = None
+        negative = self._vectors(negative, cache)
+        if text is not None and negative is not None and len(negative) != len(text):
             negative = negative.expand(len(text), -1, -1)
         return GuidedNetwork(self.model, sampler, text, negative, self.config.fps)
 
@@ -430,6 +443,40 @@ class PredictPipeline:
         """Actions ``(b, n, k)`` whose components are called ``names``, in this model's own order and size."""
         return align_actions(actions, names, self.config.action_names, self.action_dim)
 
+    # -- InfersActions, Acts ----------------------------------------------------------------------------------------
+
+    def infer_actions(self, video: Tensor, *, seed: int = 0) -> Tensor:
+        """The actions between the frames of ``(b, 3, T, H, W)``, T = 1 + r k: ``(b, T-1, a)``; see `actions`.
+
+        Raises:
+            WorldloomError: a model without ``action_head``, or a video that does not fit it.
+        """
+        self._check_start(video)
+        with torch.no_grad():
+            latents = self.tokenizer.encode(video.to(self.device))
+        draw = _drawing(len(video), seed, latents)
+        return action_sampling.infer_actions(self.model, latents, self.sampler, draw)
+
+    def act(self, start: Tensor, prompt: str, horizon: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """What to do from ``start (b, 3, T, H, W)`` on: actions ``(b, horizon, a)``, and the video that they lead to.
+
+        Args:
+            prompt: what is to be done; empty for a model without text.
+            horizon: a multiple of r.
+
+        Raises:
+            WorldloomError: a model without ``action_head``, another horizon, or a prompt that the model cannot take.
+        """
+        self._check_start(start)
+        if horizon < 1 or horizon % self.frames_per_step:
+            raise WorldloomError(f"the horizon is a multiple of {self.frames_per_step}", got=horizon)
+        text = self.encode_text([prompt] * len(start)) if prompt else None
+        with torch.no_grad():
+            context = self.tokenizer.encode(start.to(self.device))
+            draw, frames = _drawing(len(start), seed, context), horizon // self.frames_per_step
+            chosen, latents = action_sampling.act(self.model, context, text, frames, self.sampler, draw)
+            return chosen, self._decode_after(start.to(self.device), latents)
+
     def _decode(self, latents: Tensor, world: _World) -> Tensor:
         return self.tokenizer.decode_step(latents, world.decoder_state)
 
@@ -516,3 +563,9 @@ def _generators(batch: int, seed: int) -> list[torch.Generator]:
 def _noise(generators: list[torch.Generator], shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Standard normal ``(b, *shape)``, drawn on the CPU so that a seed means the same on every device."""
     return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(like)
+
+
+def _drawing(batch: int, seed: int, like: Tensor) -> Callable[[tuple[int, ...]], Tensor]:
+    """A function from a shape to noise ``(b, *shape)``, a stream for each row."""
+    generators = _generators(batch, seed)
+    return lambda shape: _noise(generators, shape, like)
