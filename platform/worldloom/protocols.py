@@ -111,11 +111,23 @@ class ActionTokenizer(Protocol):
 
 
 @runtime_checkable
+class HasProvenance(Protocol):
+    """Says what it is made of; every model that makes samples does."""
+
+    def provenance(self) -> Mapping[str, Any]:
+        """See `Generates.provenance`."""
+        ...
+
+
+@runtime_checkable
 class Generates(Protocol):
     """Makes a video from text, an image, a video or actions."""
 
     def complete(self, request: GenerationRequest) -> GenerationRequest:
-        """The request with every unset field filled in from the model's defaults; raises where `generate` would."""
+        """The request with every unset field filled in from the model's defaults; raises where `generate` would.
+
+        A field that is set and that the model would not heed is refused, never passed over.
+        """
         ...
 
     def generate(self, request: GenerationRequest, progress: Callable[[int, int], None] | None = None) -> Tensor:
@@ -203,21 +215,7 @@ class Acts(Protocol):
     """A policy: chooses actions from a start and an instruction, and foresees the frames they lead to."""
 
     def act(self, start: Tensor, prompt: str, horizon: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """``(b, 3, T, H, W)`` -> actions ``(b, horizon, a)`` and video ``(b, 3, T + horizon, H, W)``, start included."""
-        ...
-
-
-@runtime_checkable
-class TakesFields(Protocol):
-    """A generating model that says which of a request's special fields it heeds."""
-
-    @property
-    def request_fields(self) -> frozenset[str]:
-        """Of ``negative_prompt``, ``shift``, ``height`` and ``width``, those that have an effect.
-
-        A request that sets another one is refused before the model sees it; so is any of them for a model that does
-        not implement this protocol, but for a height and width that are the model's own.
-        """
+        """``(b, 3, T, H, W)`` -> actions ``(b, horizon, a)`` and the whole video ``(b, 3, T + horizon, H, W)``."""
         ...
 
 
