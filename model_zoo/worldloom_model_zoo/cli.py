@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from worldloom.errors import WorldloomError
+
+if TYPE_CHECKING:
+    from worldloom.guardrails import Guardrails
+    from worldloom.protocols import Generates
+    from worldloom.schema import GenerationRequest
+    from worldloom.specs import SampleSpec
 
 _FILE = click.Path(exists=True, dir_okay=False)
 _device = click.option("--device", default="cpu", show_default=True, help="Where the model runs, e.g. cuda.")
@@ -16,24 +26,50 @@ _device = click.option("--device", default="cpu", show_default=True, help="Where
 @click.option("--video", type=_FILE, help="Continue this video; its last frames are the start.")
 @click.option("--actions", type=_FILE, help="What is done: .npy, .json or .csv, one row between two frames.")
 @click.option("--prompt", default="", help="Text, for models that take it.")
+@click.option("--negative-prompt", default="", help="Text to keep away from, for models that take it.")
 @click.option("--frames", type=int, help="Length of the result, start included.  [default: the actions', else 17]")
+@click.option("--size", metavar="WIDTHxHEIGHT", help="Pixels, for models of several sizes.  [default: the model's]")
 @click.option("--steps", type=int, help="Sampler steps a frame.  [default: the model's]")
 @click.option("--guidance", type=float, help="Guidance scale; 1 is none.  [default: the model's]")
+@click.option("--shift", type=float, help="Timestep shift of the sampler.  [default: the model's]")
 @click.option("--fps", type=float, help="Frames per second of the file.  [default: the model's]")
 @click.option("--seed", default=0, show_default=True, help="Equal seeds give equal bits on the same device.")
+@click.option("--spec", type=_FILE, help="Make the samples of a batch file: .json, .jsonl, .yaml or .toml.")
+@click.option(
+    "--guardrails",
+    type=click.Choice(["on", "off", "require"]),
+    help="Checks before and after: those installed, none, or all or nothing.  [default: on]",
+)
+@click.option("--blocklist", type=_FILE, help="More words and phrases to refuse in a prompt, one a line.")
+@click.option("--skip-guard", multiple=True, metavar="NAME", help="Leave out one guard, e.g. faces. Repeatable.")
+@click.option("--upsample", metavar="URL|MODEL", help="Rewrite prompts: an OpenAI-compatible API, or a model here.")
+@click.option("--upsample-model", default="", help="Name of the model at that URL.")
+@click.option("--upsample-timeout", default=60.0, show_default=True, help="Seconds to wait for its answer.")
 @click.option("--out", default="out/generate", show_default=True, type=click.Path(file_okay=False), help="Folder.")
 @_device
+@click.pass_context
 def generate(
+    ctx: click.Context,
     model: str,
     image: str | None,
     video: str | None,
     actions: str | None,
     prompt: str,
+    negative_prompt: str,
     frames: int | None,
+    size: str | None,
     steps: int | None,
     guidance: float | None,
+    shift: float | None,
     fps: float | None,
     seed: int,
+    spec: str | None,
+    guardrails: str | None,
+    blocklist: str | None,
+    skip_guard: tuple[str, ...],
+    upsample: str | None,
+    upsample_model: str,
+    upsample_timeout: float,
     out: str,
     device: str,
 ) -> None:
@@ -41,19 +77,47 @@ def generate(
 
     Writes the video (.mp4, .gif), a strip of its frames (.png) and a sidecar (.json) with everything needed to make it
     again. The same request finds the finished sample.
+
+    With --spec, makes every sample of a batch file, each in a folder of its own; exits with 1 if one failed.
     """
+    from worldloom.generation import require_generates
+    from worldloom.guardrails import Guardrails
+    from worldloom.loading import load_model
+    from worldloom.schema import GenerationRequest
+    from worldloom.specs import guardrail_config, read_batch
+
+    _refuse_beside_spec(ctx, spec)
+    batch = read_batch(spec) if spec else None
+    guards = Guardrails(
+        guardrail_config(
+            batch.guardrails if batch else None,
+            Path(spec or ".").absolute().parent,
+            mode=guardrails,
+            blocklist=blocklist,
+            skip=skip_guard or None,
+        )
+    )
+    upsampler = _upsampler(upsample, upsample_model, upsample_timeout, device)
+    height, width = _pixels(size)
+    loaded = load_model(model, device=device)
+    if batch is not None:
+        ctx.exit(_run_batch(loaded, model, batch.samples, out, guards, upsampler))
+    pipeline = require_generates(loaded, model)
+    request = GenerationRequest(
+        model, prompt, image, video, actions, frames, seed, steps, guidance, fps, negative_prompt, shift, height, width
+    )
+    _run_one(pipeline, request, out, guards, upsampler)
+
+
+def _run_one(pipeline: Generates, request: GenerationRequest, out: str, guards: Guardrails, upsampler: Any) -> None:
     import json
 
     from worldloom.artifacts import atomic_write
-    from worldloom.generation import make_sample, require_generates
-    from worldloom.loading import load_model
+    from worldloom.generation import make_sample
     from worldloom.progress import progress
-    from worldloom.schema import GenerationRequest
 
-    pipeline = require_generates(load_model(model, device=device), model)
-    request = GenerationRequest(model, prompt, image, video, actions, frames, seed, steps, guidance, fps)
     with progress("sampling") as shown:
-        outcome = make_sample(pipeline, request, out, progress=shown)
+        outcome = make_sample(pipeline, request, out, progress=shown, guardrails=guards, upsampler=upsampler)
     sample = outcome.sample
     files = {"video": sample.path, "sidecar": sample.sidecar, "gif": _beside(sample.path, ".gif")}
     summary = {"id": sample.id, "reused": outcome.reused, "seconds": outcome.seconds, **files}
@@ -62,6 +126,79 @@ def generate(
     click.echo(f"{sample.id}  {sample.request.frames} frames at {sample.request.fps:g} fps, {made}")
     click.echo(sample.path)
     click.echo(f"worldloom lineage {sample.id}")
+    for finding in outcome.findings:
+        if finding["outcome"] == "changed" or (finding["outcome"] == "skipped" and finding["detail"] not in _QUIET):
+            click.echo(f"guard {finding['guard']}: {finding['outcome']}, {finding['detail']}", err=True)
+
+
+_QUIET = ("there is no text", "there is no video", "switched off by the caller")  # nobody needs to be told
+
+
+def _run_batch(
+    model: Any, name: str, samples: Sequence[SampleSpec], out: str, guards: Guardrails, upsampler: Any
+) -> int:
+    """Make the samples of a batch; the exit code."""
+    from worldloom.batch import run_batch
+    from worldloom.progress import progress
+
+    with progress("samples") as shown:
+        results = run_batch(model, samples, out, name=name, guardrails=guards, upsampler=upsampler, progress=shown)
+    for result in results:
+        if result.status == "error":
+            click.echo(f"failed  {result.name}: {result.error.splitlines()[0]}", err=True)
+        else:
+            made = "found finished" if result.reused else f"made in {result.seconds:.1f} s"
+            click.echo(f"{result.id}  {result.name}, {made}")
+    failed = sum(result.status == "error" for result in results)
+    click.echo(
+        f"{len(results) - failed} of {len(results)} samples in {out}  (all of them: {Path(out) / 'summary.json'})"
+    )
+    return 1 if failed else 0
+
+
+def _refuse_beside_spec(ctx: click.Context, spec: str | None) -> None:
+    """What a batch file says of its samples is not said again on the command line."""
+    theirs = ("image", "video", "actions", "prompt", "negative_prompt", "frames", "size", "steps", "guidance", "shift")
+    for name in (*theirs, "fps", "seed") if spec else ():
+        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise WorldloomError(
+                "beside --spec this option has no sample to go to",
+                got=f"--{name.replace('_', '-')}",
+                do="write it in the batch file, under defaults for all samples",
+            )
+
+
+def _upsampler(where: str | None, name: str, timeout: float, device: str) -> Any:
+    """What rewrites prompts: an endpoint by its URL, or a model on this machine."""
+    if where is None:
+        if name:
+            raise WorldloomError("--upsample-model needs the endpoint", got=name, do="give --upsample URL too")
+        return None
+    from worldloom.prompts import ChatEndpoint, LocalUpsampler
+    from worldloom.protocols import Answers
+
+    if "://" in where:
+        if not name:
+            raise WorldloomError(
+                "the endpoint needs to be told which model", got=where, do="give --upsample-model NAME"
+            )
+        return ChatEndpoint(where, name, timeout=timeout)
+    from worldloom.loading import load_model
+
+    model = load_model(where, device=device)
+    if not isinstance(model, Answers):
+        raise WorldloomError("this model does not answer in words", got=where, do="give a URL, or a reason model")
+    return LocalUpsampler(model, where)
+
+
+def _pixels(size: str | None) -> tuple[int | None, int | None]:
+    """Height and width of WIDTHxHEIGHT."""
+    if size is None:
+        return None, None
+    width, cross, height = size.partition("x")
+    if not (cross and width.isdecimal() and height.isdecimal()):
+        raise WorldloomError("a size is WIDTHxHEIGHT in pixels", got=size, do="for example --size 320x192")
+    return int(height), int(width)
 
 
 def _beside(path: str, suffix: str) -> str:

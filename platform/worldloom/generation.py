@@ -263,6 +263,9 @@ class _Work:
             files += self._write_actions(actions)
             facts |= {"actions": files[-1], "actions_shape": list(actions.shape)}
         upsampling = made.get("upsampling")
+        if not self.names.previews:  # Cosmos 3's own account of a sample
+            content = {} if actions is None else {"action": actions.tolist()}
+            notes = {**notes, "outputs": [{"content": content, "files": files}]}
         return {
             "format": _FORMAT,
             "key": self.key,

@@ -153,7 +153,7 @@ class Guardrails:
         findings: list[Finding] = []
         for name, guard in self._text.items():
             if isinstance(guard, str) or not text.strip():
-                why = guard if isinstance(guard, str) else "there is no text"
+                why = guard if isinstance(guard, str) and (text.strip() or self._off(name)) else "there is no text"
                 findings.append(Finding(name, "before", "skipped", why))
                 continue
             reason = guard.check_text(text)
