@@ -33,6 +33,7 @@ ARRAYS: Mapping[str, tuple[str, tuple[str, ...], int]] = {
     "text": ("text.npy", ("float16", "float32"), 2),
     "actions": ("actions.npy", ("float32",), 2),
     "rewards": ("rewards.npy", ("float32",), 1),
+    "state": ("state.npy", ("float32",), 2),
     "depth": ("depth.npz", ("uint8", "uint16"), 3),
     "segmentation": ("segmentation.npz", ("uint8",), 3),
 }
@@ -237,7 +238,8 @@ def _check_array(clip: Clip, name: str, array: np.ndarray) -> None:
         raise WorldloomError(
             f"{name} must be {' or '.join(dtypes)} with {axes} axes", got=f"{clip.id}: {array.dtype} {array.shape}"
         )
-    length = {"actions": clip.frames - 1, "rewards": clip.frames - 1, "depth": clip.frames, "segmentation": clip.frames}
+    length = dict.fromkeys(("actions", "rewards"), clip.frames - 1)
+    length |= dict.fromkeys(("state", "depth", "segmentation"), clip.frames)
     if name in length and len(array) != length[name]:
         raise WorldloomError(
             f"{name} must have {length[name]} rows for {clip.frames} frames", got=f"{clip.id}: {array.shape}"

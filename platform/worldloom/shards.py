@@ -14,6 +14,7 @@ Members of a sample, ``T`` frames (the key is everything before the first dot, a
     <id>.text.npy             float16 or float32 (tokens, dim): the caption's vectors
     <id>.actions.npy          float32 (T-1, a), optional
     <id>.rewards.npy          float32 (T-1,), optional
+    <id>.state.npy            float32 (T, s), optional
     <id>.depth.npz            uint8 or uint16 (T, h, w), optional
     <id>.segmentation.npz     uint8 (T, h, w), optional
 
