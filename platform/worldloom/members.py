@@ -92,7 +92,7 @@ class Entry:
         return unpack(self.path, self.key, members, kind)
 
     def read_clip(self, file: Any) -> Clip:
-        return _load_clip(self.path, self.key, self.member(file, "json"))
+        return load_clip(self.path, self.key, self.member(file, "json"))
 
     def member(self, file: Any, extension: str) -> bytes:
         """One member's bytes."""
@@ -113,7 +113,7 @@ def unpack(where: str | Path, key: str, members: Mapping[str, bytes], kind: Kind
     Raises:
         WorldloomError: a member whose bytes are not what they should be, or an array that does not fit its clip.
     """
-    clip = _load_clip(where, key, members["json"])
+    clip = load_clip(where, key, members["json"])
     arrays: dict[str, np.ndarray] = {}
     for name, (extension, _, _) in ARRAYS.items():
         if extension in members:
@@ -220,7 +220,12 @@ def _check_end(path: Path, entries: list[Entry], size: int) -> None:
             raise WorldloomError("not a whole tar shard", got=f"{path}: no end mark", do="restore it, or make it again")
 
 
-def _load_clip(where: str | Path, key: str, data: bytes) -> Clip:
+def load_clip(where: str | Path, key: str, data: bytes) -> Clip:
+    """The clip in a sample's json member.
+
+    Raises:
+        WorldloomError: it is damaged, or describes another clip than `key`.
+    """
     try:
         clip = Clip(**json.loads(data))
     except (ValueError, TypeError) as error:

@@ -22,7 +22,7 @@ from worldloom.members import Headers, Kind, ShardSample, bad_member, round_up, 
 from worldloom.schema import ShardRef
 from worldloom.shards import DatasetIndex, read_index
 
-__all__ = ["stream"]
+__all__ = ["locate", "stream"]
 
 
 def stream(
@@ -61,7 +61,7 @@ def stream(
         )
     _webdataset()
     root = os.fspath(root).rstrip("/")
-    fs, base = _locate(root)
+    fs, base = locate(root)
     index = read_index(lambda: fs.cat_file(f"{base}/dataset.json"), root)
     if world > len(index.shards):
         raise WorldloomError(
@@ -104,7 +104,7 @@ def _read(
 
 def _open_shards(shards: Iterator[ShardRef], root: str, kind: Kind) -> Iterator[dict[str, Any]]:
     """A stage of the pipeline, in place of webdataset's ``url_opener``, which opens other URLs and checks nothing."""
-    fs, base = _locate(root)
+    fs, base = locate(root)
     for ref in shards:
         with fs.open(f"{base}/{ref.path}", "rb") as file:
             yield {"url": f"{root}/{ref.path}", "stream": _CheckedTar(file, f"{root}/{ref.path}", ref, kind)}
@@ -191,7 +191,7 @@ def _webdataset() -> Any:
     return library
 
 
-def _locate(root: str) -> tuple[Any, str]:
+def locate(root: str) -> tuple[Any, str]:
     """The file system of a root, and the path in it; to be called where it is used, for some do not survive a fork."""
     import fsspec
 
