@@ -15,6 +15,8 @@ FAMILIES = {
     "predict": {
         "target": "worldloom_model_zoo.predict.checkpoint:load",
         "summary": "Video diffusion transformer: generation, action-conditioned dynamics, stepping.",
+        "importer": "worldloom_model_zoo.predict.released:import_released",
+        "exporter": "worldloom_model_zoo.predict.released:export_released",
     },
 }
 

@@ -1,8 +1,9 @@
 """``worldloom models``: what models and tokenizers this machine knows, whether their files are what they claim, and
-pickled checkpoints converted."""
+published checkpoints pulled, converted, imported and exported."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import struct
 from dataclasses import dataclass
@@ -174,6 +175,76 @@ def convert(source: Path, out: Path, key: str) -> None:
         shown = ", ".join(done.left_out[:10]) + (", ..." if len(done.left_out) > 10 else "")
         click.echo(f"left out, {len(done.left_out)} beside the tensors: {shown}")
     click.echo(f"{out}: {done.tensors} tensors" + ("" if done.made else ", converted before"))
+
+
+@models.command("import")
+@click.argument("source", type=click.Path(exists=True))
+@click.option("--family", default="predict", show_default=True, help="Family of models that reads it.")
+@click.option("--variant", default="", help="Which published checkpoint it is.  [default: told by names and shapes]")
+@click.option("--tokenizer", default="", help="Name or folder of its tokenizer.  [default: the published one's name]")
+@click.option("--action-dim", default=0, help="Size of an action, where it was fine-tuned to another.")
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder of the checkpoint.")
+def import_(source: str, family: str, variant: str, tokenizer: str, action_dim: int, out: str) -> None:
+    """Make a checkpoint folder of SOURCE, published weights of a model.
+
+    SOURCE is a safetensors file, an index of shards, or a folder with either, in the native or the diffusers layout.
+    Pickled files are converted first: worldloom models convert.
+    """
+    made = _of_family(family, "importer")(source, out, variant=variant, tokenizer=tokenizer, action_dim=action_dim)
+    click.echo(made)
+
+
+@models.command()
+@click.argument("model")
+@click.option(
+    "--layout", type=click.Choice(["native", "diffusers"]), required=True, help="Whose names the weights get."
+)
+@click.option("--out", required=True, help="native: a safetensors file; diffusers: a folder.")
+def export(model: str, layout: str, out: str) -> None:
+    """Write the weights of MODEL, a checkpoint folder or a name, as others publish them."""
+    from worldloom import config as configs
+
+    folder = Path(model) if Path(model).is_dir() else registry.entry("models", model).folder
+    settings = folder / "config.toml" if folder is not None else None
+    if settings is None or not settings.is_file():
+        raise WorldloomError("this is not a checkpoint folder", got=model, do="give a folder with config.toml")
+    family = str(configs.read_toml(settings).get("family", ""))
+    click.echo(_of_family(family, "exporter")(folder, out, layout))
+
+
+@models.command()
+@click.argument("url")
+@click.option("--out", default=None, type=click.Path(file_okay=False), help="Folder.  [default: in ./.worldloom/hub]")
+@click.option("--include", multiple=True, help="Only files that match, e.g. 'transformer/*'; may be repeated.")
+@click.option("--update", is_flag=True, help="Take what the revision holds now, not what was pulled before.")
+def pull(url: str, out: str | None, include: tuple[str, ...], update: bool) -> None:
+    """Download the weights at URL, hf://ORG/NAME or hf://ORG/NAME@REVISION, from the Hugging Face Hub.
+
+    Only safetensors and JSON files are taken. The commit and the sha256 of every file are kept in a lock file;
+    pulling again gives the same bytes or an error.
+    """
+    from worldloom.pull import pull as pull_
+
+    done = pull_(url, out, include=include, update=update)
+    size = sum(file.bytes for file in done.files.values())
+    click.echo(f"{done.repository} at {done.commit[:12]}: {len(done.files)} files, {size / 1e6:.1f} MB, {done.state}")
+    click.echo(done.folder)
+
+
+def _of_family(family: str, what: str) -> Any:
+    """What a family's catalog line names as ``importer`` or ``exporter``.
+
+    Raises:
+        WorldloomError: an unknown family, or one that has none.
+    """
+    target = str(registry.entry("families", family).meta.get(what, ""))
+    if not target:
+        able = [name for name in registry.names("families") if what in registry.entry("families", name).meta]
+        raise WorldloomError(
+            f"the family has no {what}", got=family, do=f"use {' or '.join(able) or 'another version'}"
+        )
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def _facts(name: str, store: Store) -> tuple[dict[str, Any], Path | None]:
