@@ -30,3 +30,11 @@ TOKENIZERS = {
         "sha256": "9f31fe83d18543f0cd12653c7c8147e0a3970f303cb74f3be937ca6fb155890e",
     },
 }
+
+GUARDS = {
+    "classifier": {
+        "target": "worldloom_tokenizers.prompt_guard:classifier",
+        "summary": "Refuses prompts that mean what the blocklist names, in other words.",
+        "stage": "before",
+    },
+}
