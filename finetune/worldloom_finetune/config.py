@@ -27,6 +27,9 @@ class DataConfig:
     """Share of the clips held out for validation, chosen by a hash of the clip id."""
     val_batches: int = 4
     """How many batches one validation measures."""
+    weights: tuple[float, ...] = ()
+    """How often each of several datasets (``--data A,B``) is drawn from, in any unit, e.g. [3, 1]; a dataset is
+    shuffled anew when it is exhausted. Unset draws every sample equally often."""
     memory_gb: float = 4.0
     """A dataset up to this size is held in memory; a larger one is read from its shards as it is needed."""
 

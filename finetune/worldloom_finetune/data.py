@@ -1,4 +1,4 @@
-"""Training data: a batch is a pure function of (seed, step, rank, micro-batch), so that a run can resume anywhere.
+"""Training data: what recipes train on, as items that `worldloom.loader` reads in the order of `worldloom.order`.
 
 Letters: n samples, c latent channels, t latent frames, T video frames, h w latent size, a action size.
 """
@@ -7,55 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from worldloom.errors import WorldloomError
+from worldloom.loader import Loader, Samples, collate_latents
+from worldloom.order import Plan
 from worldloom.schema import Clip, LatentBatch
-
-
-@lru_cache(maxsize=4)
-def order(samples: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of epoch `epoch`: a permutation of ``range(samples)``, a pure function of its arguments."""
-    return np.random.default_rng(np.random.SeedSequence([seed, epoch])).permutation(samples)
-
-
-def rows(samples: int, seed: int, position: int, count: int) -> list[tuple[int, int]]:
-    """``(epoch, sample)`` at places ``[position, position + count)`` of the endless stream of shuffled epochs."""
-    places = (divmod(place, samples) for place in range(position, position + count))
-    return [(epoch, int(order(samples, seed, epoch)[offset])) for epoch, offset in places]
-
-
-@dataclass(frozen=True)
-class Stream(Sampler[list[tuple[int, int]]]):
-    """The batches that one rank takes, from optimizer step `start` to `stop`.
-
-    Micro-batch m of step s on rank r takes ``batch`` consecutive places of the stream, beginning at
-    ``((s * accumulate + m) * world + r) * batch``: no sample is skipped or repeated within an epoch, for any start.
-    """
-
-    samples: int
-    seed: int
-    batch: int
-    start: int
-    stop: int
-    accumulate: int = 1
-    rank: int = 0
-    world: int = 1
-
-    def __len__(self) -> int:
-        return (self.stop - self.start) * self.accumulate
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for micro in range(self.start * self.accumulate, self.stop * self.accumulate):
-            yield rows(self.samples, self.seed, (micro * self.world + self.rank) * self.batch, self.batch)
+from worldloom.shards import DatasetIndex, ShardSample, read_index
+from worldloom.streaming import locate
+from worldloom_finetune.config import DataConfig
 
 
 def noise_seed(*parts: int) -> int:
@@ -88,19 +55,14 @@ def split(groups: Sequence[str], fraction: float) -> tuple[list[int], list[int]]
 class Items(Protocol):
     """Samples addressed by (epoch, index); the epoch seeds whatever is random about a sample."""
 
+    shapes: Sequence[Hashable] | None
+    """A label of each item; a batch holds items of one label. None where all can be stacked."""
+    parts: Sequence[int] | None
+    """The number of the dataset that each item belongs to, in the order they were given in; None for one dataset."""
+
     def __len__(self) -> int: ...
     def item(self, epoch: int, index: int) -> Any: ...
     def collate(self, items: Sequence[Any]) -> Any: ...
-
-
-class _Addressed(Dataset[Any]):
-    """`Items` as a torch dataset whose keys are (epoch, index)."""
-
-    def __init__(self, items: Items) -> None:
-        self.items = items
-
-    def __getitem__(self, key: tuple[int, int]) -> Any:
-        return self.items.item(*key)
 
 
 class Packed:
@@ -122,44 +84,51 @@ class _Collate:
         return Packed(self.items.collate(chosen))
 
 
-def loader(items: Items, stream: Stream, workers: int) -> DataLoader[Any]:
-    """A loader whose batch order does not depend on the number of workers."""
-    return DataLoader(
-        _Addressed(items),
-        batch_sampler=stream,
-        num_workers=workers,
-        collate_fn=_Collate(items),
-        multiprocessing_context="forkserver" if workers else None,
+def loader(
+    items: Items, config: DataConfig, seed: int, *, rank: int = 0, world: int = 1, batches: int | None = None
+) -> Loader:
+    """The training batches of one rank, each a `Packed`; see `worldloom.loader.Loader`."""
+    plan = Plan(
+        len(items), config.batch_size, seed, shapes=items.shapes, parts=items.parts, weights=config.weights or None
+    )
+    return Loader(
+        items.item,
+        plan,
+        _Collate(items),
+        rank=rank,
+        world=world,
+        workers=config.num_workers,
+        batches=batches,
     )
 
 
 def fixed_batches(items: Items, batch: int, count: int) -> list[Any]:
-    """The first `count` batches in storage order, always the same: what a validation measures."""
-    wanted = list(range(min(len(items), batch * count)))
-    return [items.collate([items.item(0, i) for i in wanted[k : k + batch]]) for k in range(0, len(wanted), batch)]
+    """The first `count` batches in storage order, always the same: what a validation measures.
+
+    Each holds items of one shape; the last of a shape may be smaller.
+    """
+    chosen: list[list[int]] = []
+    filling: dict[Hashable, list[int]] = {}
+    for index in range(len(items)):
+        shape = items.shapes[index] if items.shapes is not None else None
+        if len(filling.get(shape, [])) in (0, batch):
+            filling[shape] = []
+            chosen.append(filling[shape])
+        filling[shape].append(index)
+        if len(chosen) > count:
+            break
+    return [items.collate([items.item(0, i) for i in indices]) for indices in chosen[:count]]
 
 
 # -- latents ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class LatentItem:
-    """One encoded clip, cut at its end."""
-
-    latents: np.ndarray
-    """float16 ``(c, t, h, w)``."""
-    actions: np.ndarray | None
-    """float32 ``(ratio * (t - 1), a)``: latent frame i >= 1 spans ``actions[ratio * (i - 1) : ratio * i]``."""
-    clip: str
-    text: np.ndarray | None = None
-    """float16 ``(tokens, dim)``: vectors of the caption."""
-
-
 class LatentItems:
-    """Encoded clips of one split.
+    """Encoded clips of one split, cut at their end.
 
     A window always begins at latent frame 0: the tokenizer is causal and encodes the first frame alone, so a
-    sequence that began later would be one that the tokenizer never makes.
+    sequence that began later would be one that the tokenizer never makes. Latent frame i >= 1 spans
+    ``actions[ratio * (i - 1) : ratio * i]``.
 
     Args:
         read: gives sample i of the dataset.
@@ -167,39 +136,48 @@ class LatentItems:
         frames: latent frames to keep.
         ratio: video frames per latent frame.
         hold: keep samples in memory once read.
+        shapes: ``(c, t, h, w, ...)`` of every sample of the dataset; None where they have one.
+        parts: the dataset that each sample of the dataset comes from, by number.
     """
 
     def __init__(
-        self, read: Callable[[int], Any], indices: Sequence[int], frames: int, ratio: int, *, hold: bool
+        self,
+        read: Callable[[int], ShardSample],
+        indices: Sequence[int],
+        frames: int,
+        ratio: int,
+        *,
+        hold: bool,
+        shapes: Sequence[tuple[int, ...]] | None = None,
+        parts: Sequence[int] | None = None,
     ) -> None:
         self._read, self._indices, self._frames, self._ratio = read, list(indices), frames, ratio
-        self._held: list[LatentItem] | None = None
+        self.shapes = None if shapes is None else [shapes[i][2:4] for i in self._indices]
+        self.parts = None if parts is None else [parts[i] for i in self._indices]
+        self._held: list[ShardSample] | None = None
         if hold:
             self._held = [self._cut(i) for i in self._indices]
 
     def __len__(self) -> int:
         return len(self._indices)
 
-    def item(self, epoch: int, index: int) -> LatentItem:
+    def item(self, epoch: int, index: int) -> ShardSample:
         del epoch  # nothing about a sample is random
         return self._held[index] if self._held is not None else self._cut(self._indices[index])
 
-    def _cut(self, index: int) -> LatentItem:
+    def _cut(self, index: int) -> ShardSample:
         sample = self._read(index)
-        latents = np.ascontiguousarray(sample.arrays["latents"][:, : self._frames])
-        actions = sample.arrays.get("actions")
-        if actions is not None:
-            actions = np.ascontiguousarray(actions[: self._ratio * (self._frames - 1)], dtype=np.float32)
-        return LatentItem(latents, actions, sample.clip.id, sample.arrays.get("text"))
+        arrays = {"latents": np.ascontiguousarray(sample.arrays["latents"][:, : self._frames])}
+        if "actions" in sample.arrays:
+            actions = sample.arrays["actions"][: self._ratio * (self._frames - 1)]
+            arrays["actions"] = np.ascontiguousarray(actions, dtype=np.float32)
+        if "text" in sample.arrays:
+            arrays["text"] = sample.arrays["text"]
+        return ShardSample(sample.clip, None, arrays)
 
-    def collate(self, items: Sequence[LatentItem]) -> LatentBatch:
-        """Stack samples into a batch: latents and actions as float32."""
-        latents = torch.from_numpy(np.stack([item.latents for item in items])).float()
-        with_actions = [item.actions for item in items if item.actions is not None]
-        actions = torch.from_numpy(np.stack(with_actions)) if len(with_actions) == len(items) else None
-        with_text = [item.text for item in items if item.text is not None]
-        text = torch.from_numpy(np.stack(with_text)).float() if len(with_text) == len(items) else None
-        return LatentBatch(latents, actions, text, tuple(item.clip for item in items))
+    def collate(self, items: Sequence[ShardSample]) -> LatentBatch:
+        """Stack samples into a batch: latents, actions and text as float32."""
+        return collate_latents(items)
 
 
 def window_length(frames: int, ratio: int, shortest: int, what: str) -> int:
@@ -225,14 +203,53 @@ def window_length(frames: int, ratio: int, shortest: int, what: str) -> int:
     return 1 + (frames - 1) // ratio
 
 
-# -- clips --------------------------------------------------------------------------------------------------------
+def kind_of(roots: Sequence[str]) -> str:
+    """``clips`` or ``latents``: what all datasets (folders or URLs) hold.
+
+    Raises:
+        WorldloomError: a dataset that cannot be read, or datasets of both kinds.
+    """
+    kinds = {}
+    for root in roots:
+        fs, base = locate(root.rstrip("/"))
+        kinds[root] = read_index(partial(fs.cat_file, f"{base}/dataset.json"), root).kind
+    if len(set(kinds.values())) > 1:
+        raise WorldloomError(
+            "clips and latents cannot be trained on together", got=kinds, do="encode the clips first, or leave them out"
+        )
+    return next(iter(kinds.values()))
+
+
+def open_latents(roots: Sequence[str], encoded: Path) -> tuple[Joined, list[int]]:
+    """The latents to train on, and the number of the root that each sample comes from.
+
+    Args:
+        roots: datasets of latents, folders or URLs, or of clips,
+        encoded: which were encoded into this one.
+    """
+    if kind_of(roots) == "latents":
+        joined = Joined([Samples(root) for root in roots])
+        return joined, joined.parts_of_samples()
+    joined = Joined([Samples(encoded)])
+    if len(roots) == 1:
+        return joined, [0] * len(joined)
+    origin = {clip.id: number for number, root in enumerate(roots) for clip in Samples(root).clips()}
+    return joined, [origin.get(group, 0) for group in joined.groups()]
+
+
+# -- several datasets ---------------------------------------------------------------------------------------------
 
 
 class Joined:
-    """Several datasets of clips read as one, in the given order."""
+    """Several datasets of one kind read as one, in the given order.
+
+    Raises:
+        WorldloomError: latents of different tokenizers, or actions of different sizes.
+    """
 
     def __init__(self, parts: Sequence[Any]) -> None:
         self.parts = list(parts)
+        self.index: DatasetIndex = self._join([part.index for part in self.parts])
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -253,10 +270,65 @@ class Joined:
         for part in self.parts:
             yield from part
 
+    def load(self, number: int) -> ShardSample:
+        """One sample, by its number in reading order."""
+        for part in self.parts:
+            if number < len(part):
+                return part.load(number)
+            number -= len(part)
+        raise AssertionError("samples are numbered up to the length")
+
     def clips(self) -> Iterator[Clip]:
         """What the samples are, in reading order."""
         for part in self.parts:
             yield from part.clips()
+
+    def groups(self) -> list[str]:
+        """The recording that each sample is a window of; of parts that are `Samples`."""
+        return [group for part in self.parts for group in part.groups()]
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shape of each sample; of parts that are `Samples`."""
+        return [shape for part in self.parts for shape in part.shapes()]
+
+    def parts_of_samples(self) -> list[int]:
+        """The number of the part that each sample belongs to."""
+        return [number for number, part in enumerate(self.parts) for _ in range(len(part))]
+
+    def _join(self, indices: Sequence[DatasetIndex]) -> DatasetIndex:
+        first, *others = indices
+        if not others:
+            return first
+        if first.kind == "latents":
+            prints = sorted({str((index.tokenizer or {}).get("fingerprint"))[:12] for index in indices})
+            sizes = sorted({index.action_dim for index in indices})
+            if len(prints) > 1 or len(sizes) > 1:
+                raise WorldloomError(
+                    "latents that are trained on together must be of one tokenizer, with actions of one size",
+                    got=f"tokenizers {', '.join(prints)}; actions of {', '.join(map(str, sizes))} numbers",
+                    do="give the clips as --data: they are encoded together, and different actions left out",
+                )
+
+        def common(values: Sequence[Any]) -> Any:
+            return values[0] if all(value == values[0] for value in values) else None
+
+        return DatasetIndex(
+            kind=first.kind,
+            id=self.id,
+            samples=sum(index.samples for index in indices),
+            frames=sum(index.frames for index in indices),
+            fps=common([index.fps for index in indices]),
+            size=common([index.size for index in indices]),
+            action_dim=common([index.action_dim for index in indices]) or 0,
+            shards=tuple(ref for index in indices for ref in index.shards),
+            tokenizer=first.tokenizer,
+            metadata={
+                key: value for key, value in first.metadata.items() if all(o.metadata.get(key) == value for o in others)
+            },
+        )
+
+
+# -- clips --------------------------------------------------------------------------------------------------------
 
 
 def spread(total: int, count: int) -> list[int]:
@@ -273,10 +345,17 @@ class FrameBank:
         pixels: uint8, all clips one behind the other.
         shapes: (frames, height, width) of each clip.
         clips: what they are.
+        parts: the number of the dataset that each belongs to.
     """
 
-    def __init__(self, pixels: np.ndarray, shapes: Sequence[tuple[int, int, int]], clips: Sequence[Clip]) -> None:
-        self.pixels, self.shapes, self.clips = pixels, list(shapes), list(clips)
+    def __init__(
+        self,
+        pixels: np.ndarray,
+        shapes: Sequence[tuple[int, int, int]],
+        clips: Sequence[Clip],
+        parts: Sequence[int],
+    ) -> None:
+        self.pixels, self.shapes, self.clips, self.parts = pixels, list(shapes), list(clips), list(parts)
         self.starts = np.cumsum([0, *(t * h * w * 3 for t, h, w in self.shapes)]).tolist()
 
     def frames(self, clip: int) -> np.ndarray:
@@ -285,7 +364,7 @@ class FrameBank:
 
     @classmethod
     def open(
-        cls, dataset: Any, size: tuple[int, int] | None, cache: Path, progress: Callable[[int, int], None]
+        cls, dataset: Joined, size: tuple[int, int] | None, cache: Path, progress: Callable[[int, int], None]
     ) -> FrameBank:
         """Decode `dataset` (or reuse `cache`) with frames fitted to `size` (height, width)."""
         import json
@@ -307,7 +386,7 @@ class FrameBank:
             temporary.replace(path)
             atomic_write(record, json.dumps(shapes))
         shapes = [tuple(shape) for shape in json.loads(record.read_text())]
-        return cls(np.memmap(path, np.uint8, mode="r"), shapes, list(dataset.clips()))
+        return cls(np.memmap(path, np.uint8, mode="r"), shapes, list(dataset.clips()), dataset.parts_of_samples())
 
 
 class ClipItems:
@@ -351,6 +430,8 @@ class ClipItems:
         self.windows = [
             (clip, start) for clip in indices for start in range(0, bank.shapes[clip][0] - length + 1, step)
         ]
+        self.shapes = None  # all are cut to one
+        self.parts = [bank.parts[clip] for clip, _ in self.windows]
 
     def __len__(self) -> int:
         return len(self.windows)

@@ -153,6 +153,8 @@ class Recorder(lightning.Callback):
     """Validation batches."""
     ema: Ema | None
     hooks: Hooks
+    place: Callable[[int], dict[str, Any]] = lambda step: {}
+    """Where the data are after a step, for the checkpoint."""
     pending: list[tuple[int, Tensor, dict[str, float], float, Any]] = field(default_factory=list)
     validated: dict[int, float] = field(default_factory=dict)
     began: float = 0.0
@@ -254,7 +256,7 @@ class Recorder(lightning.Callback):
     def checkpoint(self, trainer: Any, step: int) -> None:
         """Gather the state on every rank, write it on the first, and wait for it."""
         groups = checkpointing.capture(trained(self.module.model), trainer.optimizers[0])
-        facts = dict(self.facts)
+        facts = {**self.facts, "data": self.place(step)}
         if self.ema is not None:
             groups["ema"] = {name: value.cpu().contiguous() for name, value in self.ema.averages.items()}
             facts["ema_updates"] = self.ema.updates

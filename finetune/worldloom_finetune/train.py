@@ -22,9 +22,13 @@ from worldloom.progress import progress
 from worldloom_finetune import launch
 from worldloom_finetune.config import FinetuneConfig, TrainerConfig
 
-# What may differ when a run resumes: how long it runs, what it writes on the way, how its data reach it.
+# What may differ when a run resumes: how long it runs, what it writes on the way, how its data reach it, and how many
+# processes and micro-batches share a step.
 _FREE = {
-    "trainer": {"max_steps", "val_every", "checkpoint_every", "sample_every", "keep", "log_every", "threads"},
+    "trainer": {
+        *("max_steps", "val_every", "checkpoint_every", "sample_every", "keep", "log_every", "threads"),
+        *("devices", "accumulate"),
+    },
     "data": {"num_workers", "memory_gb", "val_batches"},
     "tracking": {"enabled", "uri", "experiment"},
 }
@@ -37,7 +41,7 @@ class Request:
     recipe: str
     """Name in the catalog."""
     data: str
-    """Dataset folder."""
+    """Dataset folder or URL, or several, separated by commas."""
     model: str
     """Checkpoint name or folder to start from, or a preset such as ``predict/nano`` to start from scratch."""
     out: str
@@ -208,16 +212,19 @@ class _Run:
             ema.load(state.groups["ema"], state.facts["ema_updates"])
         batches = data.fixed_batches(job.val, config.data.batch_size, config.data.val_batches) if len(job.val) else []
         recorder = Recorder(module, self.out, facts, batches, ema, Hooks(), resumed=state)
-        stream = data.Stream(
-            samples=len(job.train),
-            seed=settings.seed,
-            batch=config.data.batch_size,
-            start=start,
-            stop=settings.max_steps,
-            accumulate=settings.accumulate,
+        loader = data.loader(
+            job.train,
+            config.data,
+            settings.seed,
             rank=self.rank,
             world=self.world,
+            batches=(settings.max_steps - start) * settings.accumulate,
         )
+        if state is not None:
+            # A checkpoint of before the place was kept had as many batches as steps, micro-batches and ranks say.
+            loader.load_state_dict(state.facts.get("data") or loader.state_dict(start * settings.accumulate))
+        # The trainer may have taken batches that it has not used yet, so the place is told by the step.
+        recorder.place = lambda step: loader.state_dict((step - start) * settings.accumulate)
         cpu = accelerator(settings) == "cpu"
         deepspeed = settings.strategy == "deepspeed"
         job.model.train()
@@ -255,7 +262,7 @@ class _Run:
                 recorder.hooks = Hooks(line=curve.append, picture=tracking.picture, advance=advance)
             began = time.perf_counter()
             try:
-                trainer.fit(module, data.loader(job.train, stream, config.data.num_workers))
+                trainer.fit(module, loader)
             except SystemExit:  # what Lightning makes of Ctrl-C
                 raise KeyboardInterrupt from None
             return time.perf_counter() - began
@@ -292,7 +299,7 @@ def _fixed(facts: Mapping[str, Any]) -> dict[str, Any]:
         else values
         for section, values in facts["config"].items()
     }
-    return {"recipe": facts["recipe"], "world": facts["world"], "digests": facts["digests"], **config}
+    return {"recipe": facts["recipe"], "digests": facts["digests"], **config}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

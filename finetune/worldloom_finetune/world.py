@@ -21,7 +21,7 @@ from worldloom.artifacts import file_digest
 from worldloom.errors import WorldloomError
 from worldloom.progress import progress
 from worldloom.schema import LatentBatch
-from worldloom.shards import Dataset, DatasetIndex, ShardSample, open_dataset
+from worldloom.shards import DatasetIndex, ShardSample, open_dataset
 from worldloom.weights import WEIGHTS, assign_weights, read_weights, write_weights
 from worldloom_finetune import data, lora
 from worldloom_finetune.config import FinetuneConfig
@@ -88,7 +88,7 @@ class WorldJob:
         config: WorldTraining,
         model: PredictTransformer,
         base: Base,
-        dataset: Dataset,
+        dataset: data.Joined,
         train: data.LatentItems,
         val: data.LatentItems,
     ) -> None:
@@ -98,7 +98,7 @@ class WorldJob:
         fingerprint = str(tokenizer.get("fingerprint", ""))
         origin = base.sha256 or f"preset:{base.name}"
         self.digests = {"dataset": dataset.index.id, "tokenizer": fingerprint, "base": origin}
-        inputs = [dataset.index.id, f"tokenizer:{tokenizer.get('name', 'tokenizer')}@{fingerprint}"]
+        inputs = [*dataset.ids, f"tokenizer:{tokenizer.get('name', 'tokenizer')}@{fingerprint}"]
         if base.sha256:
             inputs.append(artifact_of(base.sha256, "model") or f"model:{base.name}@{base.sha256}")
         self.inputs = tuple(inputs)
@@ -115,7 +115,7 @@ class WorldJob:
     def prepare(cls, request: Any, config: WorldTraining) -> None:
         """Encode the clips into OUT/latents, where the dataset is not encoded yet."""
         roots = request.data.split(",")
-        if len(roots) == 1 and open_dataset(request.data).index.kind == "latents":
+        if data.kind_of(roots) == "latents":
             return
         from worldloom_tokenizers import encode_dataset, load_tokenizer
 
@@ -151,10 +151,7 @@ class WorldJob:
         Raises:
             WorldloomError: no latents, a model that does not fit them, or an unknown model.
         """
-        if "," in request.data or open_dataset(request.data).index.kind == "clips":
-            dataset = open_dataset(Path(request.out) / "latents")
-        else:
-            dataset = open_dataset(request.data)
+        dataset, parts = data.open_latents(request.data.split(","), Path(request.out) / "latents")
         ratio, channels, shortest = _facts(dataset)
         base = open_base(request.model, config, dataset, ratio, channels)
         model = build(base)
@@ -168,17 +165,16 @@ class WorldJob:
                 )
             lora.inject(model, config.lora, [_ACTIONS] if base.new_actions else [])
         frames = data.window_length(config.data.frames, ratio, shortest, "a sample of the dataset")
-        groups = [str(clip.metadata.get("parent", clip.id)) for clip in dataset.clips()]
-        train, val = data.split(groups, config.data.val_fraction)
-        read = Aligned(dataset, base.checkpoint)
+        train, val = data.split(dataset.groups(), config.data.val_fraction)
+        read, shapes = Aligned(dataset, base.checkpoint), dataset.shapes()
         hold = sum(ref.bytes for ref in dataset.index.shards) < config.data.memory_gb * 1e9
         job = cls(
             config,
             model,
             base,
             dataset,
-            data.LatentItems(read, train, frames, ratio, hold=hold),
-            data.LatentItems(read, val, frames, ratio, hold=hold),
+            data.LatentItems(read, train, frames, ratio, hold=hold, shapes=shapes, parts=parts),
+            data.LatentItems(read, val, frames, ratio, hold=hold, shapes=shapes, parts=parts),
         )
         job.teacher = teacher
         return job
@@ -276,7 +272,7 @@ class WorldJob:
         )
 
 
-def open_base(name: str, config: WorldTraining, dataset: Dataset, ratio: int, channels: int) -> Base:
+def open_base(name: str, config: WorldTraining, dataset: data.Joined, ratio: int, channels: int) -> Base:
     """Resolve `name`, a preset (``predict/nano``), a catalog name or a folder, and fit its configuration to the data.
 
     Raises:
@@ -417,7 +413,7 @@ class Aligned:
     A class, not a closure: loader processes get it by pickle.
     """
 
-    dataset: Dataset
+    dataset: data.Joined
     """Where samples come from."""
     checkpoint: PredictCheckpoint
     """The model's settings."""
@@ -505,11 +501,10 @@ def _check_tokenizer(name: str, wanted: TokenizerRef, found: Mapping[str, Any]) 
         )
 
 
-def _facts(dataset: Dataset) -> tuple[int, int, int]:
+def _facts(dataset: data.Joined) -> tuple[int, int, int]:
     """(video frames per latent frame, latent channels, latent frames of the shortest sample)."""
     first = dataset.load(0)
     channels, t = first.arrays["latents"].shape[:2]
     reference = dataset.index.tokenizer or {}
     ratio = int(reference.get("temporal_ratio") or (round((first.clip.frames - 1) / (t - 1)) if t > 1 else 4))
-    shortest = min(1 + (clip.frames - 1) // ratio for clip in dataset.clips())
-    return ratio, channels, shortest
+    return ratio, channels, min(shape[1] for shape in dataset.shapes())

@@ -69,7 +69,9 @@ class Samples:
         facts = [_TABLE, self.index.kind, self._ratio, [[ref.path, ref.digest] for ref in self.index.shards]]
         name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
         self._path = home() / "tables" / f"{name}.npy"
-        if not self._path.is_file():
+        try:
+            self._open()
+        except (OSError, ValueError):  # there is none yet, or it is damaged
             rows = [
                 row
                 for number, ref in enumerate(self.index.shards)
@@ -78,7 +80,7 @@ class Samples:
             buffer = io.BytesIO()
             np.save(buffer, _pack_rows(rows), allow_pickle=False)
             atomic_write(self._path, buffer.getvalue())
-        self._open()
+            self._open()
 
     def __len__(self) -> int:
         return len(self.table)
@@ -130,7 +132,7 @@ class Samples:
         # Mapped, not read: the pages are shared by all processes of the machine, and only those in use are in memory.
         self.table: np.ndarray = np.load(self._path, mmap_mode="r", allow_pickle=False)
         if len(self.table) != self.index.samples:
-            raise WorldloomError("the table of a dataset is damaged", got=self._path, do="remove the file")
+            raise ValueError("a table has a row for each sample")
         self._files: OrderedDict[str, int] = OrderedDict()
         self._lock = threading.Lock()
         self._remote: Any = None

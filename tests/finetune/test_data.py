@@ -1,7 +1,8 @@
-"""The order of the data: each epoch whole, every start reachable, nothing cut at the front."""
+"""The data of a run: splits, windows, batches, several datasets."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,55 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worldloom.errors import WorldloomError
+from worldloom.loader import Loader
+from worldloom.order import Plan
 from worldloom.shards import open_dataset
 from worldloom_finetune import data
-
-small = st.integers(1, 7)
-
-
-@given(samples=st.integers(1, 50), seed=st.integers(0, 2**40), epoch=st.integers(0, 1000))
-def test_an_epoch_is_a_permutation_and_a_pure_function(samples: int, seed: int, epoch: int) -> None:
-    first = data.order(samples, seed, epoch)
-    data.order.cache_clear()
-    np.random.seed(0)  # noqa: NPY002  (global state must not matter)
-    assert sorted(first) == list(range(samples))
-    assert (data.order(samples, seed, epoch) == first).all()
-
-
-def test_epochs_and_seeds_differ() -> None:
-    orders = {tuple(data.order(20, seed, epoch)) for seed in range(3) for epoch in range(3)}
-    assert len(orders) == 9
-
-
-@given(
-    samples=st.integers(1, 30),
-    batch=small,
-    accumulate=st.integers(1, 3),
-    world=st.integers(1, 3),
-    epochs=st.integers(1, 3),
-)
-def test_ranks_and_micro_batches_together_see_each_epoch_exactly_once(
-    samples: int, batch: int, accumulate: int, world: int, epochs: int
-) -> None:
-    steps = -(-samples * epochs // (batch * accumulate * world))
-    ranks = [list(data.Stream(samples, 7, batch, 0, steps, accumulate, rank, world)) for rank in range(world)]
-    seen = [key for micro in zip(*ranks, strict=True) for rows in micro for key in rows]
-    for epoch in range(epochs):
-        assert sorted(row for e, row in seen if e == epoch) == list(range(samples))
-
-
-@given(
-    samples=st.integers(1, 30),
-    batch=small,
-    accumulate=st.integers(1, 3),
-    start=st.integers(0, 20),
-    rank=st.integers(0, 1),
-)
-def test_a_run_can_begin_at_any_step(samples: int, batch: int, accumulate: int, start: int, rank: int) -> None:
-    whole = list(data.Stream(samples, 3, batch, 0, 20, accumulate, rank, 2))
-    rest = data.Stream(samples, 3, batch, start, 20, accumulate, rank, 2)
-    assert list(rest) == whole[start * accumulate :]
-    assert len(rest) == len(whole) - start * accumulate
+from worldloom_finetune.config import DataConfig
 
 
 @given(st.lists(st.tuples(*[st.integers(0, 3)] * 4), min_size=2, unique=True))
@@ -108,14 +65,89 @@ def test_a_window_is_cut_at_its_end_only_and_its_actions_with_it(tmp_path: Path)
         assert batch.clip_ids == tuple(dataset.load(n).clip.id for n in (2, 0))
 
 
+def rows(loader: Loader) -> list[tuple[str, ...]]:
+    return [packed.content.clip_ids for packed in loader]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_batches_do_not_depend_on_the_number_of_loader_processes(workers: int, tmp_path: Path) -> None:
     dataset = open_dataset(make_latents(tmp_path / "latents", samples=5))
     items = data.LatentItems(dataset.load, range(5), frames=3, ratio=RATIO, hold=True)
-    stream = data.Stream(5, seed=1, batch=2, start=3, stop=9)
-    batches = [packed.content for packed in data.loader(items, stream, workers)]
-    clips = [dataset.clip(i).id for i in range(5)]
-    assert [batch.clip_ids for batch in batches] == [tuple(clips[row] for _, row in rows) for rows in stream]
+    loader = data.loader(items, DataConfig(batch_size=2, num_workers=workers), 1, batches=9)
+    plan = Plan(5, 2, 1)
+    assert rows(loader) == [tuple(dataset.keys()[i] for _, i in plan.batch(number)) for number in range(9)]
+
+
+def test_a_run_goes_on_with_other_processes_and_micro_batches_over_the_same_samples(tmp_path: Path) -> None:
+    dataset = open_dataset(make_latents(tmp_path / "latents", samples=5))
+    items = data.LatentItems(dataset.load, range(5), frames=3, ratio=RATIO, hold=True)
+    config = DataConfig(batch_size=2)
+    alone = rows(data.loader(items, config, 3, batches=16))
+    ranks = [data.loader(items, config, 3, rank=rank, world=2, batches=4) for rank in range(2)]
+    first = [batch for both in zip(*map(rows, ranks), strict=True) for batch in both]
+    after = data.loader(items, config, 3, batches=8)
+    after.load_state_dict(ranks[0].state_dict())
+    assert first + rows(after) == alone
+
+
+def test_latents_of_two_sizes_train_in_batches_of_one(tmp_path: Path) -> None:
+    small, large = (make_latents(tmp_path / name, samples=5, seed=i) for i, name in enumerate(("small", "large")))
+    joined, parts = data.open_latents([str(small), str(large)], tmp_path / "absent")
+    assert parts == [0] * 5 + [1] * 5
+    assert len(joined) == joined.index.samples == 10
+    shapes = [(*shape[:2], 4 + 4 * (i > 6), 4) for i, shape in enumerate(joined.shapes())]
+    items = data.LatentItems(joined.load, range(1, 10), frames=2, ratio=RATIO, hold=False, shapes=shapes, parts=parts)
+    assert items.shapes == [(4, 4)] * 6 + [(8, 4)] * 3
+    loader = data.loader(items, DataConfig(batch_size=2), 0)
+    for number in range(20):
+        assert len({items.shapes[i] for _, i in loader.plan.batch(number)}) == 1
+    ids = [key for part in joined.parts for key in part.keys()]  # noqa: SIM118
+    batches = data.fixed_batches(items, 4, 9)
+    assert [batch.clip_ids for batch in batches] == [tuple(ids[1:5]), tuple(ids[5:7]), tuple(ids[7:10])]
+    assert [b.clip_ids for b in data.fixed_batches(items, 4, 2)] == [b.clip_ids for b in batches[:2]]
+
+
+def test_datasets_are_drawn_from_by_weight(tmp_path: Path) -> None:
+    roots = [str(make_latents(tmp_path / str(i), samples=n, seed=i)) for i, n in enumerate((3, 12))]
+    joined, parts = data.open_latents(roots, tmp_path / "absent")
+    items = data.LatentItems(joined.load, range(15), frames=3, ratio=RATIO, hold=False, parts=parts)
+    first = set(joined.parts[0].keys())
+    drawn = [
+        clip
+        for row in rows(data.loader(items, DataConfig(batch_size=4, weights=(3, 1)), 0, batches=40))
+        for clip in row
+    ]
+    assert sum(clip in first for clip in drawn) == 120
+    with pytest.raises(WorldloomError, match="one weight for each dataset"):
+        data.loader(items, DataConfig(weights=(1,)), 0)
+
+
+def test_clips_encoded_into_one_dataset_know_where_they_come_from(tmp_path: Path) -> None:
+    from worldloom import shards
+
+    roots = [make_clips(tmp_path / str(i), samples=n, seed=i) for i, n in enumerate((2, 3))]
+    keys = [key for root in roots for key in open_dataset(root).keys()]  # noqa: SIM118
+    latents = open_dataset(make_latents(tmp_path / "made", samples=5, t=5))
+    with shards.ShardWriter(tmp_path / "latents", kind="latents") as writer:
+        for parent, sample in zip(reversed(keys), latents, strict=True):
+            sample.clip = dataclasses.replace(sample.clip, metadata={"parent": parent})
+            writer.write(sample)
+    shards.commit_dataset(tmp_path / "latents", writer.shards, kind="latents", tokenizer=latents.index.tokenizer)
+    joined, parts = data.open_latents([str(root) for root in roots], tmp_path / "latents")
+    assert parts == [1, 1, 1, 0, 0]
+    assert joined.groups() == keys[::-1]
+    assert joined.index == open_dataset(tmp_path / "latents").index
+    with pytest.raises(WorldloomError, match="clips and latents"):
+        data.open_latents([str(roots[0]), str(tmp_path / "latents")], tmp_path)
+
+
+def test_latents_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    one = make_latents(tmp_path / "one", samples=3)
+    other = make_latents(tmp_path / "other", samples=3, fingerprint="e" * 64)
+    three = make_latents(tmp_path / "three", samples=3, actions=3)
+    for root in (other, three):
+        with pytest.raises(WorldloomError, match="of one tokenizer, with actions of one size"):
+            data.open_latents([str(one), str(root)], tmp_path)
 
 
 @pytest.mark.parametrize(("frames", "expected"), [(0, 5), (9, 3), (17, 5)])

@@ -142,6 +142,24 @@ def test_other_data_are_not_mixed_into_a_run(latents: Path, tmp_path: Path) -> N
         _train(other, tmp_path / "run", "trainer.max_steps=2")
 
 
+def test_a_run_on_several_datasets_goes_on_with_other_micro_batches(
+    latents: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    fingerprint = load_tokenizer(tokenizer_folder).fingerprint
+    more = make_latents(tmp_path / "more", samples=4, seed=1, fingerprint=fingerprint, tokenizer=str(tokenizer_folder))
+    both, out = Path(f"{latents},{more}"), tmp_path / "run"
+    settings = ("data.weights=[1,3]", "data.memory_gb=0", "objective.pixel_weighting=0", "ema.decay=0")
+    summary = _train(both, out, "trainer.max_steps=3", *settings)
+    inputs = Store().get(summary["artifact"]).inputs
+    assert list(inputs[:2]) == [open_dataset(root).index.id for root in (latents, more)]
+    _train(both, out, "trainer.max_steps=5", "trainer.accumulate=2", *settings)
+    state = json.loads((out / "checkpoints" / "step-00000005" / "state.json").read_text())
+    place = state["facts"]["data"]
+    assert (place["batch"], place["batches"]) == (2, 3 + 2 * 2)
+    with pytest.raises(WorldloomError, match=r"data\.weights"):
+        _train(both, out, "trainer.max_steps=6", *settings[1:])
+
+
 def test_two_runs_cannot_share_a_folder(latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import time
 

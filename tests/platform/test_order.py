@@ -24,6 +24,13 @@ def test_an_epoch_is_a_permutation_and_a_pure_function(samples: int, seed: int, 
     assert (permutation(samples, seed, epoch, cell) == first).all()
 
 
+@given(samples=st.integers(1, 50), seed=seeds, epoch=st.integers(0, 1000))
+def test_the_first_cell_keeps_the_order_of_a_single_dataset(samples: int, seed: int, epoch: int) -> None:
+    """So that runs that began before there were cells go on unchanged."""
+    alone = np.random.default_rng(np.random.SeedSequence([seed, epoch])).permutation(samples)
+    assert (permutation(samples, seed, epoch) == alone).all()
+
+
 def test_epochs_seeds_and_cells_differ() -> None:
     orders = {tuple(permutation(20, seed, epoch, cell)) for seed in range(3) for epoch in range(3) for cell in range(3)}
     assert len(orders) == 27
