@@ -304,7 +304,7 @@ def joint_levels(
         ``(b,)``, 0 forward dynamics, 1 inverse dynamics, 2 policy.
     """
     b, t = drawn.level.shape
-    mode = torch.multinomial(torch.tensor(config.modes), b, replacement=True, generator=generator)
+    mode = torch.multinomial(torch.tensor(config.modes, dtype=torch.float32), b, replacement=True, generator=generator)
     logit = torch.randn(b, 1, generator=generator) * config.logit_std + config.logit_mean
     context = torch.rand(b, t, generator=generator) * config.context_noise
     device = drawn.level.device
