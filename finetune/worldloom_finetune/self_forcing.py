@@ -79,6 +79,6 @@ def roll_out(
         made.append(x)
         if frame + 1 < start + frames:
             observe(x, frame)
-    # Autocast keeps converted weights, and those that were converted without gradients would have none.
+    # Until torch 2.10, weights that autocast converted without gradients served again with them (pytorch #158232).
     torch.clear_autocast_cache()
     return torch.cat(made, dim=2)
