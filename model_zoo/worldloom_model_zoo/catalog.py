@@ -18,6 +18,11 @@ FAMILIES = {
         "importer": "worldloom_model_zoo.predict.released:import_released",
         "exporter": "worldloom_model_zoo.predict.released:export_released",
     },
+    "cosmos3": {
+        "target": "worldloom_model_zoo.predict.cosmos3:load",
+        "summary": "NVIDIA Cosmos 3 through diffusers: video, dynamics and policy.",
+        "importer": "worldloom_model_zoo.predict.cosmos3:import_folder",
+    },
 }
 
 MODELS = {
