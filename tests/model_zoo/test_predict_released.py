@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from worldloom import config as configs
 from worldloom.cli import main
 from worldloom.errors import WorldloomError
+from worldloom.loading import load_model
 from worldloom.weights import read_weights
 from worldloom_model_zoo.predict import released
 from worldloom_model_zoo.predict.config import PredictCheckpoint, PredictConfig
@@ -35,6 +37,7 @@ BASE = PredictConfig(
     context_dim=16,
     attention="full",
 )
+POST = "cosmos-predict2.5-2b-post-trained"
 CONFIGS = {
     "video": BASE,
     "image": replace(BASE, condition_mask=False),
@@ -384,3 +387,23 @@ def test_the_commands(tmp_path: Path) -> None:
         failed = run(main, ["models", *words])
         assert failed.exit_code != 0
         assert said in failed.output + str(failed.exception)
+
+
+@pytest.mark.parametrize("name", ["video", "positions", "chunk", "frame"])
+def test_an_imported_checkpoint_generates(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way: published weights, a tokenizer, a start; what is given is kept by the sampler."""
+    tokenizer = tiny_models.tokenizer_folder(tmp_path / "tokenizer")
+    channels = tiny_models.VAE.latent_channels
+    config = replace(CONFIGS[name], latent_channels=channels)
+    row = Recipe("tiny", lambda: config, "loom/tiny", sampler=replace(RECIPES[POST].sampler, steps=3), frames=13)
+    monkeypatch.setitem(RECIPES, "tiny", row)
+    publish(config, tmp_path / "x.safetensors")
+    import_released(tmp_path / "x.safetensors", tmp_path / "ours", "tiny", tokenizer=tokenizer)
+    model = load_model(tmp_path / "ours")
+    start = torch.rand(1, 3, 1, 32, 32) * 2 - 1
+    actions = torch.rand(1, 12, 3) if config.action_dim else None
+    video = model.generate_video(start, actions, 13, seed=1)
+    assert video.shape == (1, 3, 13, 32, 32)
+    assert video.isfinite().all()
+    if actions is not None:
+        assert (model.generate_video(start, actions + 1, 13, seed=1) - video).abs().max() > 1e-4
