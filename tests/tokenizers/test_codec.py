@@ -13,7 +13,8 @@ from worldloom.errors import WorldloomError
 from worldloom.protocols import VideoTokenizer
 from worldloom_tokenizers import layers
 from worldloom_tokenizers.checkpoint import build
-from worldloom_tokenizers.codec import Tiling, VideoCodec
+from worldloom_tokenizers.codec import State, Tiling, VideoCodec
+from worldloom_tokenizers.cosmos import model as cosmos
 from worldloom_tokenizers.cosmos.config import cv, dv
 from worldloom_tokenizers.wan.config import WanVAEConfig
 
@@ -208,6 +209,26 @@ def test_slices_of_a_stage_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
             patch.setattr(layers, "_SLICE", 1)
             torch.testing.assert_close(model.encode(clip, chunk=5), whole, rtol=0, atol=1e-5)
             torch.testing.assert_close(model.decode(whole, chunk=5), frames, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("block", "places"), [(1, 1), (300, 700), (1 << 24, 1 << 20)])
+def test_cosmos_remembers_each_latent_frame_once(monkeypatch: pytest.MonkeyPatch, block: int, places: int) -> None:
+    """Attention over the whole past: however it is stored and cut, a stream gives what the whole gives."""
+    model = MODELS["cosmos cv 8x8x8"]
+    assert isinstance(model, cosmos.CosmosTokenizer)
+    attention = model.encoder.middle.time
+    clip, r = video(model, 6, size=(16, 24), batch=2), model.temporal_ratio
+    whole = model.encode(clip, chunk=7)
+    monkeypatch.setattr(cosmos, "_BLOCK", block)
+    monkeypatch.setattr(cosmos, "_PLACES", places)
+    state: State = {}
+    parts = [model.encode_step(part, state) for part in clip.split([1, 2 * r, r, 3 * r], dim=2)]
+    torch.testing.assert_close(torch.cat(parts, dim=2), whole, rtol=0, atol=1e-5)
+    blocks = [held for key, held in state.items() if isinstance(key, tuple) and key[0] is attention]
+    frame = 2 * (2 * 3) * 32  # batch, places, channels
+    assert all(held[:, 0].numel() == frame for held in blocks)
+    assert sum(held.shape[1] for held in blocks[:-1]) < 7 <= sum(held.shape[1] for held in blocks)
 
 
 @torch.no_grad()

@@ -32,7 +32,8 @@ from worldloom.errors import WorldloomError
 from worldloom_tokenizers import fsq
 
 State = dict[Any, Tensor]
-"""What temporal layers remember between the chunks of a stream, keyed by layer; a stream starts with an empty one."""
+"""What temporal layers remember between the chunks of a stream, keyed by layer; a stream starts with an empty one.
+Tensors in it may be written to as the stream goes on: a stream that is to go on in two ways needs copies of them."""
 
 
 @dataclass(frozen=True)

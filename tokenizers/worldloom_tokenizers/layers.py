@@ -41,21 +41,12 @@ class CausalConv(nn.Module):
 
     def forward(self, x: Tensor, state: State | None) -> Tensor:
         """``(b, t, h, w, c)`` -> ``(b, t, h, w, o)``."""
-        t, past = x.shape[1], self._past(x, state)
-        taps = self.weight.shape[2]
-        if self.weight.shape[3] == 3:
-            return conv3x3(past, x, self.weight, self.bias)
-        frames = x if past is None else torch.cat([past, x], dim=1)
-        weight = self.weight.flatten(2)  # (o, c, k)
-        if self.past == "first" and frames.shape[1] == 1 and taps > 1:
+        past, weight = self._past(x, state), self.weight
+        if weight.shape[3] == 3:
+            return conv3x3(past, x, weight, self.bias)
+        if self.past == "first" and past is None and weight.shape[2] > 1:
             weight = weight.sum(dim=2, keepdim=True)  # every tap sees the same frame
-        first = frames.shape[1] - t  # the frame that the last tap sees for the first output
-        y = F.linear(frames[:, first:], weight[..., -1], self.bias)
-        for back in range(1, weight.shape[2]):
-            seen = frames[:, max(first - back, 0) : frames.shape[1] - back]  # of fewer frames where taps see none
-            if seen.shape[1]:
-                y = _add_product_at_end(y, seen, weight[..., -1 - back])
-        return y
+        return along_time(past, x, weight.flatten(2), self.bias)
 
     def _past(self, x: Tensor, state: State | None) -> Tensor | None:
         """The frames before ``x`` that the taps need, as far as there are any; remembers those that ``x`` leaves."""
@@ -75,12 +66,33 @@ class CausalConv(nn.Module):
         return past
 
 
-def _add_product_at_end(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """``y`` with the products of ``x`` and ``weight`` added to its last frames."""
+def along_time(past: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x (b, t, h, w, c)`` after ``past``, convolved along time by ``weight (o, c, k)`` -> ``(b, t, h, w, o)``.
+
+    Taps that reach before the first frame given see zeros. Without gradients nothing is copied together.
+    """
+    t, taps = x.shape[1], weight.shape[2]
+    y = F.linear(x, weight[..., -1], bias)
+    parts = [x] if past is None else [past, x]
     if torch.is_grad_enabled():
-        return y + F.pad(F.linear(x, weight), (0, 0, 0, 0, 0, 0, y.shape[1] - x.shape[1], 0))
+        parts = [torch.cat(parts, dim=1)]
+    for back in range(1, taps):
+        frame = t - sum(part.shape[1] for part in parts)  # the number of a part's first frame; that of x is 0
+        for part in parts:
+            first, last = max(frame + back, 0), min(frame + part.shape[1] + back, t)  # what sees it through this tap
+            if first < last:
+                y = _add_product(y, first, part[:, first - back - frame : last - back - frame], weight[..., -1 - back])
+            frame += part.shape[1]
+    return y
+
+
+def _add_product(y: Tensor, first: int, x: Tensor, weight: Tensor) -> Tensor:
+    """``y`` with the products of ``x`` and ``weight`` added to as many of its frames, from ``first`` on."""
+    last = first + x.shape[1]
+    if torch.is_grad_enabled():
+        return y + F.pad(F.linear(x, weight), (0, 0, 0, 0, 0, 0, first, y.shape[1] - last))
     for row in range(len(y)):  # frames of one video lie one behind the other
-        y[row, y.shape[1] - x.shape[1] :].flatten(0, 2).addmm_(x[row].flatten(0, 2), weight.T)
+        y[row, first:last].flatten(0, 2).addmm_(x[row].flatten(0, 2), weight.T)
     return y
 
 

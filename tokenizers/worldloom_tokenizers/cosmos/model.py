@@ -2,7 +2,7 @@
 
 Before the first frame a convolution sees the first frame again. Norms take a whole frame at a time. Attention is within
 each frame, then along time from each place to the frames up to its own; that attention is over the whole past, so a
-stream's state grows by the keys and values of each latent frame.
+stream's state grows by each latent frame, held once: the input that keys and values are made of.
 
 Letters: b batch, t frames at the layer, h w size at the layer, c o channels, H W pixels.
 Inside, tensors are ``(b, t, h, w, c)``.
@@ -22,6 +22,12 @@ from worldloom_tokenizers.cosmos import haar
 from worldloom_tokenizers.cosmos.config import CosmosConfig
 from worldloom_tokenizers.layers import CausalConv, add_, attention, channels_last, conv_down, enlarge3x3, silu_
 
+_PLACES = 1 << 20
+"""Values of the past that attention along time brings together at a time."""
+_BLOCK = 1 << 24
+"""Values of a block of remembered frames: so large that a CPU's allocator maps it apart, where it takes memory only as
+it is filled and leaves no holes between what is freed at each chunk."""
+
 
 class FrameNorm(nn.Module):
     """Zero mean and unit variance over each frame, then a factor and an offset for each channel."""
@@ -32,7 +38,7 @@ class FrameNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         normed = F.layer_norm(x, x.shape[2:], eps=1e-6)
-        return torch.addcmul(self.bias, normed, self.weight)
+        return torch.addcmul(self.bias, normed, self.weight, out=None if torch.is_grad_enabled() else normed)
 
 
 class Conv(nn.Module):
@@ -62,8 +68,12 @@ class Block(nn.Module):
         self.shortcut = point(c, o) if c != o else None
 
     def forward(self, x: Tensor, state: State | None) -> Tensor:
-        y = self.conv1(silu_(self.norm1(x)), state)
-        y = self.conv2(silu_(self.norm2(y)), state)
+        y = silu_(self.norm1(x))
+        y = self.conv1.space(y, state)  # one after another, so that each result is freed when the next is there
+        y = self.conv1.time(y, state)
+        y = silu_(self.norm2(y))
+        y = self.conv2.space(y, state)
+        y = self.conv2.time(y, state)
         return add_(y, x if self.shortcut is None else self.shortcut(x, state))
 
 
@@ -76,22 +86,62 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.out = point(c, c), point(c, c), point(c, c), point(c, c)
 
     def forward(self, x: Tensor, state: State | None) -> Tensor:
-        normed = self.norm(x)
-        q, k, v = (project(normed, None) for project in (self.q, self.k, self.v))
-        if not self.along_time:
-            y = attention(*(part.flatten(2, 3).flatten(0, 1) for part in (q, k, v))).view(x.shape)
-            return x + self.out(y, None)
-        b, t, h, w, c = x.shape
-        # (b, t, h, w, c) -> (b*h*w, t, c)
-        q, k, v = (part.flatten(2, 3).transpose(1, 2).reshape(b * h * w, t, c) for part in (q, k, v))
+        normed = self.norm(x).flatten(2, 3)  # (b, t, h*w, c)
+        y = self._along_time(normed, state) if self.along_time else self._within_frames(normed)
+        return add_(self.out(y.view(x.shape), None), x)
+
+    def _within_frames(self, x: Tensor) -> Tensor:
+        """``(b, t, h*w, c)`` to values of the same shape."""
+        q, k, v = (F.linear(x, part.weight.flatten(1), part.bias) for part in (self.q, self.k, self.v))
+        return attention(*(part.flatten(0, 1) for part in (q, k, v))).view(x.shape)
+
+    def _along_time(self, x: Tensor, state: State | None) -> Tensor:
+        """``(b, t, h*w, c)`` to values of the same shape.
+
+        The past is remembered as it was given, once, not as keys and values: a query meets the key of x as the query
+        times the key's matrix meets x, and values, whose weights add up to one, are made of the weighted sum of x.
+        """
+        t, places, c = x.shape[1:]
+        parts = [x] if state is None else [*self._past(state), x]
+        total = sum(part.shape[1] for part in parts)
+        q = F.linear(x, self.q.weight.flatten(1), self.q.bias) * c**-0.5
+        constant = F.linear(q, self.k.bias[None])  # (b, t, h*w, 1): softmax takes it away; the bias keeps a gradient
+        q = F.linear(q, self.k.weight.flatten(1).T)
+        unseen = torch.ones(t, total, dtype=torch.bool, device=x.device).triu(total - t + 1)
+        width = places if torch.is_grad_enabled() else max(1, _PLACES // (total * c))
+        made = []
+        for start in range(0, places, width):
+            place = slice(start, start + width)
+            seen = torch.cat([part[:, :, place] for part in parts], dim=1).transpose(1, 2)  # (b, places, total, c)
+            scores = q[:, :, place].transpose(1, 2) @ seen.transpose(2, 3) + constant[:, :, place].transpose(1, 2)
+            weights = scores.masked_fill(unseen, -torch.inf).softmax(dim=-1)  # (b, places, t, total)
+            made.append((weights @ seen).transpose(1, 2))
         if state is not None:
-            both = torch.stack([k, v]).detach()
-            state[self] = torch.cat([state[self], both], dim=2) if self in state else both
-            k, v = state[self]
-        total = k.shape[1]
-        seen = torch.ones(t, total, dtype=torch.bool, device=x.device).tril(total - t)
-        y = attention(q, k, v, seen).view(b, h * w, t, c).transpose(1, 2).reshape(x.shape)
-        return x + self.out(y, None)
+            self._remember(x, state)
+        return F.linear(torch.cat(made, dim=2), self.v.weight.flatten(1), self.v.bias)
+
+    def _past(self, state: State) -> list[Tensor]:
+        """The frames remembered, ``(b, t, h*w, c)`` in consecutive parts."""
+        frames, parts = int(state.get(self, torch.zeros(()))), []
+        while frames:
+            block = state[self, len(parts)]
+            parts.append(block[:, :frames])
+            frames -= parts[-1].shape[1]
+        return parts
+
+    @torch.no_grad()
+    def _remember(self, x: Tensor, state: State) -> None:
+        """Add frames to those remembered, in blocks that are filled as frames come and never copied."""
+        b, t, places, c = x.shape
+        size = max(1, _BLOCK // x[:, 0].numel())
+        frames = int(state.get(self, torch.zeros(())))
+        state[self] = torch.tensor(frames + t)
+        for frame in x.unbind(1):
+            number, place = divmod(frames, size)
+            if not place:
+                state[self, number] = x.new_empty(b, size, places, c)
+            state[self, number][:, place] = frame
+            frames += 1
 
 
 class Middle(nn.Module):
