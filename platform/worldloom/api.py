@@ -85,6 +85,7 @@ def add_routes(app: fastapi.FastAPI, worker: Worker) -> None:
             request = worker.models[name].complete(_request(body, name, uploads))
             if (request.frames or 0) > config.max_frames:
                 raise WorldloomError(f"this server makes at most {config.max_frames} frames", got=request.frames)
+            worker.guards.before(request.prompt)  # again when the job runs; here so that the answer says why
             job = Job(name, request)
             try:
                 worker.submit(job)

@@ -45,7 +45,7 @@ _LOOKALIKES = str.maketrans(
     dict(zip("0134579@$!|", "oieastgasil", strict=True))  # digits and signs
     | dict(zip("аеорсухіјѕ", "aeopcyxijs", strict=True))  # Cyrillic
 )
-_JOINED = re.compile(r"(?<![^\W_])(?:[^\W_][\W_]{1,2}){2,}[^\W_](?![^\W_])")
+_SPELLED = re.compile(r"(?<![^\W_])(?:[^\W_](?:[^\w\s]{1,2}|_|\s)){2,}[^\W_](?![^\W_])")  # p.o.r.n, n u d e
 _WORD = re.compile(r"[^\W_]+")
 
 
@@ -136,12 +136,18 @@ def _plain(text: str) -> str:
     return "".join(c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf"))
 
 
+def _joined(spelled: re.Match[str]) -> str:
+    """The word that is spelled out; without its first letter too, which may be an article."""
+    word = re.sub(r"[\W_]+", "", spelled[0])
+    return f"{word} {word[1:]}"
+
+
 def _readings(text: str) -> list[list[str]]:
     """How a text can be read: as it is; lookalikes as letters; spaced-out words joined; stretched ones short."""
     plain = _plain(text)
     # "p0rn" is a word with a digit in it; "2077" and "4 5" are numbers.
     letters = re.sub(r"\S*[^\W\d_]\S*", lambda m: m[0].translate(_LOOKALIKES), plain)
-    joined = _JOINED.sub(lambda m: re.sub(r"[\W_]+", "", m[0]), letters)
+    joined = _SPELLED.sub(_joined, letters)
     short = re.sub(r"([^\W\d_])\1{2,}", r"\1", joined)
     readings: list[list[str]] = []
     for reading in (plain, letters, joined, short):

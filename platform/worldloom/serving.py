@@ -26,6 +26,7 @@ from typing import Any, Literal
 import click
 
 from worldloom.errors import WorldloomError, missing_extra
+from worldloom.guardrails import Blocked, GuardrailConfig, Guardrails, Mode
 from worldloom.schema import GenerationRequest, Sample
 
 Status = Literal["queued", "running", "completed", "failed", "cancelled"]
@@ -51,6 +52,8 @@ class ServerConfig:
     """Sampler steps."""
     keep: int = 1000
     """Finished jobs that are remembered; the videos stay."""
+    guardrails: GuardrailConfig = field(default_factory=GuardrailConfig)
+    """What every prompt and video is checked for."""
 
 
 class Cancelled(Exception):
@@ -81,6 +84,8 @@ class Job:
     """Seconds since the epoch."""
     sample: Sample | None = None
     """The result."""
+    findings: tuple[Mapping[str, Any], ...] = ()
+    """What each guard made of it."""
     cancel: threading.Event = field(default_factory=threading.Event)
     """Set to make a running job stop at its next step."""
 
@@ -100,6 +105,7 @@ class Job:
             "finished": None if self.finished is None else round(self.finished, 3),
             "artifact": self.sample.id if self.sample else None,
             "content": f"/v1/videos/{self.id}/content" if self.sample else None,
+            "guardrails": list(self.findings),
         }
 
 
@@ -112,6 +118,7 @@ class Worker:
 
     def __init__(self, models: Mapping[str, Any], config: ServerConfig) -> None:
         self.models, self.config = models, config
+        self.guards = Guardrails(config.guardrails)
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._jobs: OrderedDict[str, Job] = OrderedDict()
@@ -204,9 +211,14 @@ class Worker:
                 raise Cancelled
 
         try:
-            job.sample = make_sample(self.models[job.model], job.request, self.config.out, progress=progress).sample
+            model, out = self.models[job.model], self.config.out
+            outcome = make_sample(model, job.request, out, progress=progress, guardrails=self.guards)
+            job.sample, job.findings = outcome.sample, outcome.findings
         except Cancelled:
             return "cancelled", ""
+        except Blocked as error:
+            job.findings = tuple(finding.view() for finding in error.findings)
+            return "failed", str(error)
         except WorldloomError as error:
             return "failed", str(error)
         # Whatever goes wrong in one job, the next ones are served; the server's log has the traceback.
@@ -348,9 +360,27 @@ def create_app(models: Mapping[str, Any], config: ServerConfig) -> Any:
 @click.option("--port", default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--token", default="", envvar="WORLDLOOM_TOKEN", help="Asked for on every route.  [env: WORLDLOOM_TOKEN]")
 @click.option("--queue", default=16, show_default=True, help="Jobs that may wait.")
+@click.option(
+    "--guardrails",
+    type=click.Choice(["on", "off", "require"]),
+    default="on",
+    show_default=True,
+    help="Checks before and after: those installed, none, or all or no start.",
+)
+@click.option("--blocklist", type=click.Path(exists=True, dir_okay=False), help="More words to refuse in a prompt.")
 @click.option("--out", default="out/serve", show_default=True, type=click.Path(file_okay=False), help="Folder.")
 @click.option("--device", default="cpu", show_default=True, help="Where the models run, e.g. cuda.")
-def serve(model: tuple[str, ...], host: str, port: int, token: str, queue: int, out: str, device: str) -> None:
+def serve(
+    model: tuple[str, ...],
+    host: str,
+    port: int,
+    token: str,
+    queue: int,
+    guardrails: Mode,
+    blocklist: str | None,
+    out: str,
+    device: str,
+) -> None:
     """Serve MODEL (one or more: catalog names, checkpoint folders, artifact ids) over HTTP."""
     from worldloom.loading import load_model
 
@@ -368,7 +398,8 @@ def serve(model: tuple[str, ...], host: str, port: int, token: str, queue: int, 
     if len(set(names)) != len(names):
         raise WorldloomError("two models have the same name", got=", ".join(names), do="rename a folder")
     loaded = {name: load_model(path, device=device) for name, path in zip(names, model, strict=True)}
-    app = create_app(loaded, ServerConfig(Path(out), token, queue))
+    guards = GuardrailConfig(guardrails, None if blocklist is None else Path(blocklist))
+    app = create_app(loaded, ServerConfig(Path(out), token, queue, guardrails=guards))
     listener = _listen(host, port)
     address, taken = listener.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import tiny_models
 from click.testing import CliRunner
+from faces import face
 from starlette.testclient import TestClient
 
 from worldloom import media
@@ -27,6 +29,7 @@ from worldloom.artifacts import Store, file_digest
 from worldloom.cli import main
 from worldloom.errors import WorldloomError
 from worldloom.generation import make_sample
+from worldloom.guardrails import GuardrailConfig
 from worldloom.loading import load_model
 from worldloom.schema import GenerationRequest
 from worldloom.serving import ServerConfig, create_app
@@ -139,7 +142,7 @@ def test_it_says_what_it_is(served: TestClient) -> None:
     assert served.get("/health").json()["status"] == "ok"
     (model,) = served.get("/v1/models").json()["models"]
     assert model["id"] == "tiny"
-    assert model["capabilities"] == ["generates", "steps"]
+    assert set(model["capabilities"]) >= {"generates", "steps"}
     assert (model["height"], model["action_dim"], model["action_names"]) == (32, 3, list(tiny_models.ACTIONS))
     assert "/v1/videos/{video_id}/content" in served.get("/v1/openapi.json").json()["paths"]
 
@@ -338,6 +341,83 @@ def test_what_cannot_generate_is_not_served() -> None:
         create_app({"captioner": Captioner()}, ServerConfig())
 
 
+# -- guards ----------------------------------------------------------------------------------------------------------
+
+
+class Painter:
+    """A model that takes text and shows one picture, whatever it reads."""
+
+    def __init__(self, picture: np.ndarray) -> None:
+        self.picture = picture
+
+    def complete(self, request: GenerationRequest) -> GenerationRequest:
+        return replace(request, frames=request.frames or 2, fps=request.fps or 8.0)
+
+    def generate(self, request: GenerationRequest, progress: Any = None) -> Any:
+        assert request.frames is not None
+        return media.to_tensor(np.stack([self.picture] * request.frames))
+
+    def provenance(self) -> dict[str, Any]:
+        return {"model": {"name": "painter", "path": "", "digest": "0" * 64, "kind": "painter"}}
+
+
+def outcomes(state: dict[str, Any]) -> dict[str, str]:
+    return {item["guard"]: item["outcome"] for item in state["guardrails"]}
+
+
+def test_a_prompt_that_a_guard_refuses_is_a_400_with_the_reason(tmp_path: Path) -> None:
+    config = ServerConfig(tmp_path / "out", guardrails=GuardrailConfig(skip=("classifier",)))
+    with client({"painter": Painter(face(64))}, config) as served:
+        answer = served.post("/v1/videos", json={"prompt": "a naked man"})
+        assert answer.status_code == 400
+        assert "refused by a guard" in answer.json()["detail"]
+        assert served.get("/health").json()["queued"] == 0
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("nudenet") is None, reason="needs the package nudenet")
+def test_a_served_video_goes_through_the_guards_and_the_job_says_so(tmp_path: Path) -> None:
+    config = ServerConfig(tmp_path / "out", guardrails=GuardrailConfig(skip=("classifier",)))
+    with client({"painter": Painter(face(64))}, config) as served:
+        job = served.post("/v1/videos", json={"prompt": "a portrait"}).json()
+        assert job["guardrails"] == []
+        state = wait_for(served, job["id"], "completed", "failed")
+        assert outcomes(state) == {
+            "blocklist": "passed", "classifier": "skipped", "nudity": "passed", "faces": "changed"
+        }  # fmt: skip
+        shown = media.read_frames(served.get(state["content"]).content)
+        record = Store().get(state["artifact"])
+    sidecar = json.loads((tmp_path / "out" / record.metadata["sidecar"]).read_text())
+    assert sidecar["guardrails"]["checks"] == state["guardrails"]
+    eyes = face(64)[20:32, 18:46].astype(float)
+    assert np.diff(shown[0][20:32, 18:46].astype(float), axis=1).std() < 0.4 * np.diff(eyes, axis=1).std()
+
+
+def test_a_video_that_a_guard_refuses_is_a_failed_job_and_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from worldloom import guardrails
+    from worldloom.schema import VideoVerdict
+
+    class Refuses:
+        fingerprint = "1"
+
+        def check_video(self, frames: np.ndarray) -> VideoVerdict:
+            return VideoVerdict(blocked="too dark")
+
+    known = guardrails._factories()
+    monkeypatch.setattr(
+        guardrails, "_factories", lambda: {"blocklist": known["blocklist"], "dark": ("after", lambda _: Refuses())}
+    )
+    with client({"painter": Painter(np.zeros((32, 32, 3), np.uint8))}, ServerConfig(tmp_path / "out")) as served:
+        job = served.post("/v1/videos", json={}).json()["id"]
+        state = wait_for(served, job, "completed", "failed")
+    assert state["status"] == "failed"
+    assert "dark: too dark" in state["error"]
+    assert outcomes(state)["dark"] == "blocked"
+    assert not list((tmp_path / "out").glob("*.*"))
+
+
 # -- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -347,6 +427,8 @@ def test_what_cannot_generate_is_not_served() -> None:
         (("--host", "0.0.0.0"), "needs a token"),
         (("--port", "99999"), "cannot listen there"),
         (("--queue", "0"), "at least one job"),
+        (("--blocklist", "nowhere.txt"), "does not exist"),
+        (("--guardrails", "maybe"), "maybe"),
         (("--device", "cuda:55"), "no such device"),
     ],
 )
