@@ -346,8 +346,8 @@ def _config(
             got=f"{file}: {actions} numbers",
             do=f"name its variant: {_list(row for row in RECIPES.values() if row.network().action_dim)}",
         )
-    fitting = [known for known in map(_network, RECIPES.values()) if not _differences(facts, known)]
-    fitting = [known for known in fitting if not known.action_dim]
+    networks = [known.network() for known in RECIPES.values()]
+    fitting = [known for known in networks if not known.action_dim and not _differences(facts, known)]
     if not fitting:
         raise WorldloomError(
             "no released network has weights of these shapes",
@@ -357,10 +357,6 @@ def _config(
     if any(known != fitting[0] for known in fitting):
         raise WorldloomError("several released networks have weights of these shapes", got=file, do="name the variant")
     return fitting[0]
-
-
-def _network(row: Recipe) -> PredictConfig:
-    return row.network()
 
 
 def _only_recipe(config: PredictConfig, path: str) -> Recipe:
