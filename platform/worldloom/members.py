@@ -8,6 +8,7 @@ bytes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -268,19 +269,28 @@ def _dump_npy(array: np.ndarray) -> bytes:
 
 def _load_npy(data: bytes) -> np.ndarray:
     """Parse NPY 1.0/2.0 by hand: numpy's reader allocates what the header claims before it looks at the data."""
-    buffer = io.BytesIO(data)
-    version = np.lib.format.read_magic(buffer)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"NPY version {version}")
-    reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = reader(buffer)
-    if dtype.hasobject or dtype.fields is not None:
-        raise ValueError(f"dtype {dtype} is not plain numbers; pickled objects are never loaded")
-    offset, count = buffer.tell(), math.prod(shape)
+    if data[:8] not in (b"\x93NUMPY\x01\x00", b"\x93NUMPY\x02\x00"):
+        raise ValueError(f"it does not begin like NPY 1.0 or 2.0: {data[:8]!r}")
+    start = 10 if data[6] == 1 else 12
+    offset = start + int.from_bytes(data[8:start], "little")
+    shape, fortran, dtype = _npy_header(data[:offset])
+    count = math.prod(shape)
     if count * dtype.itemsize != len(data) - offset:
         raise ValueError(f"the header says {shape} of {dtype}, the data has {len(data) - offset} bytes")
     # A copy: the caller may write into it, and it does not hold the member's bytes.
     return np.frombuffer(data, dtype, count, offset).reshape(shape, order="F" if fortran else "C").copy()
+
+
+@functools.lru_cache(maxsize=256)  # numpy compiles each header as Python; those of a dataset are few
+def _npy_header(head: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, whether in Fortran's order, dtype) of the beginning of an NPY file."""
+    buffer = io.BytesIO(head)
+    reader = np.lib.format.read_array_header_1_0 if head[6] == 1 else np.lib.format.read_array_header_2_0
+    np.lib.format.read_magic(buffer)
+    shape, fortran, dtype = reader(buffer)
+    if dtype.hasobject or dtype.fields is not None:
+        raise ValueError(f"dtype {dtype} is not plain numbers; pickled objects are never loaded")
+    return shape, fortran, dtype
 
 
 def _dump_npz(array: np.ndarray) -> bytes:
