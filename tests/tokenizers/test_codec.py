@@ -85,6 +85,18 @@ def test_streams_give_what_the_whole_gives(model: VideoCodec) -> None:
     torch.testing.assert_close(torch.cat([first, *decoded], dim=2), model.decode(whole), rtol=0, atol=1e-5)
 
 
+def test_a_stream_may_change_between_inference_mode_and_others(model: VideoCodec) -> None:
+    clip, r = video(model, 4, size=(32, 32)), model.temporal_ratio
+    state: State = {}
+    made = []
+    modes = (torch.inference_mode, torch.no_grad, torch.enable_grad, torch.no_grad, torch.inference_mode)
+    for mode, part in zip(modes, clip.split([1, r, r, r, r], dim=2), strict=True):
+        with mode():
+            made.append(model.encode_step(part, state).detach())
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat(made, dim=2), model.encode(clip), rtol=0, atol=1e-5)
+
+
 @torch.no_grad()
 def test_a_prefix_is_the_beginning_of_the_whole_and_looks_at_nothing_else(model: VideoCodec) -> None:
     clip, frames = video(model, 4), 1 + 2 * model.temporal_ratio
@@ -205,8 +217,11 @@ def test_slices_of_a_stage_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
         clip = video(model, 4)
         whole = model.encode(clip, chunk=5)
         frames = model.decode(whole, chunk=5)
+        raw, untouched = model.encode_raw(clip), model.decode_raw(whole)
         with monkeypatch.context() as patch:
             patch.setattr(layers, "_SLICE", 1)
+            torch.testing.assert_close(model.encode_raw(clip), raw, rtol=0, atol=1e-5)
+            torch.testing.assert_close(model.decode_raw(whole), untouched, rtol=0, atol=1e-5)
             torch.testing.assert_close(model.encode(clip, chunk=5), whole, rtol=0, atol=1e-5)
             torch.testing.assert_close(model.decode(whole, chunk=5), frames, rtol=0, atol=1e-5)
 

@@ -43,27 +43,41 @@ class CausalConv(nn.Module):
         """``(b, t, h, w, c)`` -> ``(b, t, h, w, o)``."""
         past, weight = self._past(x, state), self.weight
         if weight.shape[3] == 3:
-            return conv3x3(past, x, weight, self.bias)
-        if self.past == "first" and past is None and weight.shape[2] > 1:
-            weight = weight.sum(dim=2, keepdim=True)  # every tap sees the same frame
-        return along_time(past, x, weight.flatten(2), self.bias)
+            y = conv3x3(past, x, weight, self.bias)
+        else:
+            if self.past == "first" and past is None and weight.shape[2] > 1:
+                weight = weight.sum(dim=2, keepdim=True)  # every tap sees the same frame
+            y = along_time(past, x, weight.flatten(2), self.bias)
+        if state is not None and self.weight.shape[2] > 1:
+            self._remember(x, past, state)
+        return y
 
     def _past(self, x: Tensor, state: State | None) -> Tensor | None:
-        """The frames before ``x`` that the taps need, as far as there are any; remembers those that ``x`` leaves."""
+        """The frames before ``x`` that the taps need, as far as there are any."""
         taps = self.weight.shape[2]
-        if taps == 1:
-            return None
         past = state.get(self) if state is not None else None
-        if past is None and self.past == "first" and x.shape[1] > 1:
+        if past is None and self.past == "first" and min(taps, x.shape[1]) > 1:
             past = x[:, :1].expand(-1, taps - 1, -1, -1, -1)
-        if state is not None:
-            held = x[:, -(taps - 1) :].detach()
-            if past is not None and held.shape[1] < taps - 1:
-                held = torch.cat([past[:, held.shape[1] - (taps - 1) :], held], dim=1)
-            elif self.past == "first" and held.shape[1] < taps - 1:
-                held = held.expand(-1, taps - 1, -1, -1, -1)
-            state[self] = held.clone()  # a view would keep the whole chunk alive
         return past
+
+    def _remember(self, x: Tensor, past: Tensor | None, state: State) -> None:
+        """Keep what ``x`` leaves to the taps; where frames are kept already, in their place."""
+        taps = self.weight.shape[2]
+        held, kept = x[:, -(taps - 1) :].detach(), state.get(self)
+        if held.shape[1] < taps - 1 and past is not None:
+            held = torch.cat([past[:, held.shape[1] - (taps - 1) :], held], dim=1)
+        elif held.shape[1] < taps - 1 and self.past == "first":
+            held = held.expand(-1, taps - 1, -1, -1, -1)
+        if kept is None or kept.shape != held.shape or torch.is_grad_enabled():  # gradients may go through those kept
+            state[self] = writable(held)
+        else:
+            kept.copy_(held)
+
+
+def writable(x: Tensor) -> Tensor:
+    """A copy to keep in a state, that later steps can write to whether in inference mode or not."""
+    with torch.inference_mode(False), torch.no_grad():
+        return x.clone()
 
 
 def along_time(past: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -151,12 +165,12 @@ def enlarge3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     b, t, h, w, _ = x.shape
     o = weight.shape[0]
     sums = torch.tensor(_ENLARGED, dtype=weight.dtype, device=weight.device)  # (place, 2 taps, 3 taps)
-    kernels = torch.einsum("aip,bjq,ocpq->aboijc", sums, sums, weight).permute(0, 1, 2, 5, 3, 4)
     flat = x.flatten(0, 1).permute(0, 3, 1, 2)  # (b*t, c, h, w)
     made = x.new_empty(b * t, h, 2, w, 2, o)
     for row in (0, 1):
         for column in (0, 1):
-            y = F.conv2d(flat, kernels[row, column], bias, padding=1).permute(0, 2, 3, 1)
+            kernel = torch.einsum("ip,jq,ocpq->oijc", sums[row], sums[column], weight).permute(0, 3, 1, 2)
+            y = F.conv2d(flat, kernel, bias, padding=1).permute(0, 2, 3, 1)
             made[:, :, row, :, column] = y[:, row : row + h, column : column + w]
     return made.view(b, t, 2 * h, 2 * w, o)
 

@@ -139,7 +139,8 @@ class Attention(nn.Module):
         for frame in x.unbind(1):
             number, place = divmod(frames, size)
             if not place:
-                state[self, number] = x.new_empty(b, size, places, c)
+                with torch.inference_mode(False):  # later steps write to it, whether in inference mode or not
+                    state[self, number] = x.new_empty(b, size, places, c)
             state[self, number][:, place] = frame
             frames += 1
 

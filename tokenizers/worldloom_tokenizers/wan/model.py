@@ -9,6 +9,8 @@ Inside, tensors are ``(b, t, h, w, c)``.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,8 +43,10 @@ class Block(nn.Module):
         self.shortcut = CausalConv(c, o, (1, 1, 1)) if c != o else None
 
     def forward(self, x: Tensor, state: State | None) -> Tensor:
-        y = self.conv1(silu_(self.norm1(x)), state)
-        y = self.conv2(silu_(self.norm2(y)), state)
+        y = silu_(self.norm1(x))
+        y = self.conv1(y, state)  # y is freed when the next one is there
+        y = silu_(self.norm2(y))
+        y = self.conv2(y, state)
         return add_(y, x if self.shortcut is None else self.shortcut(x, state))
 
 
@@ -166,9 +170,13 @@ class UpStage(nn.Module):
         first = state is None or self not in state
         if state is not None:
             state[self] = torch.ones(())
-        parts = x.split(slices(x.shape[1], x[0, 0].numel() // x.shape[-1] * self.channels, 0, 1), dim=1)
-        made = [self._run(part, state, first and i == 0) for i, part in enumerate(parts)]
-        return made[0] if len(made) == 1 else torch.cat(made, dim=1)
+        return self._run(x, state, first)
+
+    def in_parts(self, parts: Iterable[Tensor], state: State | None) -> Iterator[Tensor]:
+        """Consecutive frames, of which a few are computed at a time, when they are asked for."""
+        for x in parts:
+            for part in x.split(slices(x.shape[1], x[0, 0].numel() // x.shape[-1] * self.channels, 0, 1), dim=1):
+                yield self(part, state)
 
     def _run(self, x: Tensor, state: State | None, first: bool) -> Tensor:
         y = x
@@ -240,7 +248,13 @@ class WanVAE(VideoCodec):
         self.encode_reach, self.decode_reach = _reach(config)
         channels_last(self)
 
+    @staticmethod
+    def _needed(state: State | None) -> State | None:
+        """Without gradients frames go through in parts, which a state connects."""
+        return {} if state is None and not torch.is_grad_enabled() else state
+
     def _to_features(self, video: Tensor, state: State | None) -> Tensor:
+        state = self._needed(state)
         p = self.config.patch
         x = video.unflatten(4, (-1, p)).unflatten(3, (-1, p))  # (b, 3, T, h, p, w, q)
         x = x.permute(0, 2, 3, 5, 1, 6, 4).flatten(4)  # (b, T, h, w, 3 * q * p)
@@ -259,11 +273,13 @@ class WanVAE(VideoCodec):
         return self.decoder.middle(x, state).movedim(-1, 1)
 
     def _from_features(self, features: Tensor, state: State | None) -> Tensor:
-        x = features.movedim(1, -1)
+        state = self._needed(state)
+        parts: Iterator[Tensor] = iter([features.movedim(1, -1)])
         for stage in self.decoder.stages:
-            x = stage(x, state)
-        parts = x.split(slices(x.shape[1], x[0, 0].numel(), 0, 1), dim=1)
-        x = torch.cat([self.decoder.conv_out(silu_(self.decoder.norm_out(part)), state) for part in parts], dim=1)
+            assert isinstance(stage, UpStage)
+            parts = stage.in_parts(parts, state)
+        made = [self.decoder.conv_out(silu_(self.decoder.norm_out(part)), state) for part in parts]
+        x = torch.cat(made, dim=1)
         p = self.config.patch
         x = x.unflatten(-1, (3, p, p)).permute(0, 4, 1, 2, 6, 3, 5)  # (b, 3, T, h, p, w, q)
         return x.flatten(5, 6).flatten(3, 4)
