@@ -7,7 +7,7 @@ import click
 
 @click.command()
 @click.argument("recipe")
-@click.option("--data", help="Dataset folder: clips (encoded first) or latents.")
+@click.option("--data", help="Dataset: clips (encoded first) or latents; several, separated by commas.")
 @click.option("--model", help="Checkpoint name or folder, or a preset such as predict/nano to train from scratch.")
 @click.option("--out", help="Folder of the run; running again with the same folder resumes it.")
 @click.option("--config", type=click.Path(exists=True, dir_okay=False), help="TOML file over the recipe's defaults.")

@@ -286,7 +286,7 @@ def _npy_shape(head: bytes, where: str, name: str) -> tuple[int, ...]:
 _KNOWN = {"json", "mp4", *(extension for extension, _, _ in ARRAYS.values())}
 
 
-def _members(data: bytes, where: str, key: str) -> dict[str, bytes]:
+def _members(data: bytes, where: str, key: str) -> dict[str, Any]:
     """The members in a stretch of a plain USTAR tar, headers included (POSIX.1-1988: name at 0, octal size at 124)."""
     members, at, prefix = {}, 0, f"{key}.".encode()
     while at < len(data):
@@ -296,7 +296,8 @@ def _members(data: bytes, where: str, key: str) -> dict[str, bytes]:
         if not name.startswith(prefix) or extension not in _KNOWN or not size.isdigit():
             raise bad_member(where, name.decode("utf-8", "replace"), f"it lies where the clip {key} was")
         end = at + 512 + int(size, 8)
-        members[extension] = data[at + 512 : end]
+        # Arrays are copied when they are made; what is taken out here is only looked at.
+        members[extension] = memoryview(data)[at + 512 : end] if extension.endswith(".npy") else data[at + 512 : end]
         at = at + 512 + round_up(end - at - 512)
     if at != len(data) or "json" not in members:
         raise bad_member(where, f"{key}.json", "the shard changed since its table was made")
