@@ -130,9 +130,9 @@ class _NoGuardrail:
 
 @torch.inference_mode()
 def video2world(
-    channels: int, width: int, blocks: int, frames: int, steps: int, given: int, pairs: int
+    channels: int, size: tuple[int, int], width: int, blocks: int, frames: int, steps: int, given: int, pairs: int
 ) -> dict[str, float]:
-    """A video of 96x128 from ``given`` frames and a text, with guidance; Wan's autoencoder has 96 ``channels``."""
+    """A video from ``given`` frames and a text, with guidance; Wan's autoencoder has 96 ``channels``."""
     import diffusers
 
     from worldloom_model_zoo.predict.caching import TensorCache
@@ -143,7 +143,7 @@ def video2world(
     from worldloom_tokenizers.wan.config import wan21
     from worldloom_tokenizers.wan.model import WanVAE
 
-    height, width_pixels = 96, 128
+    height, width_pixels = size
     network, theirs = networks(width, blocks)
     vae_config = replace(wan21(), encoder_width=channels, decoder_width=channels)
     vae = diffusers.AutoencoderKLWan(base_dim=channels, decoder_base_dim=channels).eval()
@@ -374,12 +374,20 @@ def main() -> None:
             print(f"ratio step-{'per-frame' if per_frame else 'one-level'}: {found['ratio']:.2f} (time)", flush=True)
     if "video2world" in args.cases:
         pairs = 1 if quick else 3
-        for name, channels, blocks, steps in (("autoencoder", 96, 2, 4), ("network", 24, 4, 8)):
-            options = {"channels": channels, "width": 1024, "blocks": blocks, "frames": 17, "steps": steps}
+        settings = (("autoencoder", 96, (64, 96), 2, 4), ("network", 24, (96, 128), 4, 8))
+        for name, channels, size, blocks, steps in settings:
+            options = {
+                "channels": channels,
+                "size": size,
+                "width": 1024,
+                "blocks": blocks,
+                "frames": 17,
+                "steps": steps,
+            }
             found = apart("video2world", **options, given=5, pairs=pairs)
             _line(
-                f"video2world, 17 frames of 96x128 from 5, autoencoder of {channels} channels, {blocks} blocks, "
-                f"{steps} steps, guided",
+                f"video2world, 17 frames of {size[0]}x{size[1]} from 5, autoencoder of {channels} channels, {blocks} "
+                f"blocks, {steps} steps, guided",
                 found,
             )
             ours, theirs = found["ours"], found["theirs"]

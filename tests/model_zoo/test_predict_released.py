@@ -166,7 +166,7 @@ def test_how_it_is_sampled_comes_from_the_recipe(tmp_path: Path, monkeypatch: py
     assert "worldloom tokenize import" in text
     settings = configs.load(PredictCheckpoint, tmp_path / "ours" / "config.toml")
     assert (settings.width, settings.height, settings.fps) == (1280, 704, 16.0)
-    assert settings.sampler == replace(real.sampler, chunk_frames=93)
+    assert settings.sampler == replace(real.sampler, chunk_frames=93, overlap_frames=5)
     assert settings.sampler.method == "unipc"
     assert (settings.sampler.guidance_scale, settings.sampler.guidance_convention) == (7.0, "conditional")
     assert settings.tokenizer.name == "wan2.1"
@@ -364,7 +364,7 @@ def test_every_recipe_is_whole() -> None:
         assert row.sampler is not None or row.note
         if row.sampler is not None:
             assert row.sampler.guidance_convention == "conditional"
-        assert row.condition_level is None or row.sampler is None or row.sampler.condition_level == row.condition_level
+        assert row.sampler is None or row.sampler.condition_level == row.condition_level
     assert RECIPES["cosmos-predict2-14b-video2world"].network().rope_ratios == (20 / 24, 2.0, 2.0)
 
 

@@ -199,6 +199,10 @@ def test_given_frames_have_a_level_of_their_own_and_levels_may_be_cut_to_thousan
     context = world.tokenizer.encode(video(5))
     for args, _ in seen:
         assert torch.equal(args[0][:, :, :2], context)
+    seen.clear()
+    world.generate_video(video(5), None, 13, sampler=replace(sampler, condition_level=None))
+    for args, _ in seen:
+        assert len(set(args[1][0].tolist())) == 1  # given frames go by the level of the others
 
 
 def test_a_shortcut_network_is_told_how_far_the_frames_go_that_are_made() -> None:

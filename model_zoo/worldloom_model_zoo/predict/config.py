@@ -148,8 +148,9 @@ class SamplerConfig:
     """Both predictions of guidance in one call of twice the batch, where a GPU has room; else one after the other."""
     negative_prompt: str = ""
     """Text of the other prediction; empty for the null text."""
-    condition_level: float = 0.0
-    """Noise level that the network is told for given frames, which stay clean; Cosmos 2.5 has 0.1 or 0.0001."""
+    condition_level: float | None = 0.0
+    """Noise level that the network is told for given frames, which stay clean (Predict2: 0.0001). Unset, with full
+    attention: that of the frames being made (Predict2.5, pre-trained)."""
     context_noise: float = 0.0
     """Noise level at which context frames are shown to the model; a little counters drift."""
     context_frames: int = 9
@@ -166,7 +167,8 @@ class SamplerConfig:
     computes every step whole. Start at 0.05."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.shift <= 0 or not 0 <= self.context_noise < 1 or not 0 <= self.condition_level < 1:
+        told = self.condition_level or 0.0
+        if self.steps < 1 or self.shift <= 0 or not 0 <= self.context_noise < 1 or not 0 <= told < 1:
             raise WorldloomError(
                 "sampler: steps >= 1, shift > 0, 0 <= context_noise < 1, 0 <= condition_level < 1", got=self
             )

@@ -380,21 +380,22 @@ class PredictPipeline:
         tick: Callable[[], None],
     ) -> Tensor:
         """Full attention: t frames at once, with the given ones put in place at every step."""
-        b, c, known, h, w = context.shape
+        (b, c, known, h, w), sampler = context.shape, network.sampler
         noise = _noise(generators, (c, t - known, h, w), context)
         given = context.new_zeros(b, 1, t, h, w)
         given[:, :, :known] = 1
-        shown, level = as_context(context, network.sampler, lambda: _noise(generators, (c, known, h, w), context))
+        shown, level = as_context(context, sampler, lambda: _noise(generators, (c, known, h, w), context))
         network.renew()
 
         def predict(x: Tensor, at: float, step: float | None) -> Tensor:
-            levels = [level] * known + [at] * (t - known)
+            told = level if sampler.edm or sampler.condition_level is not None else at
+            levels = [told] * known + [at] * (t - known)
             whole = torch.cat([shown, x], dim=2)
             made = network(whole, levels, actions, known=known, step=step, condition_mask=given)
             tick()
             return made[:, :, known:]
 
-        made = draw_latents(predict, noise, network.sampler, lambda: _noise(generators, tuple(noise.shape[1:]), noise))
+        made = draw_latents(predict, noise, sampler, lambda: _noise(generators, tuple(noise.shape[1:]), noise))
         return torch.cat([context, made], dim=2)
 
     def _decode_after(self, start: Tensor | None, latents: Tensor) -> Tensor:

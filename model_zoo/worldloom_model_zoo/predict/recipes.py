@@ -36,10 +36,6 @@ SIZES: dict[str, tuple[tuple[int, int], ...]] = {
 }
 """Name of a resolution -> the (width, height) it was trained at; the first one is the default."""
 
-_NO_LEVEL = (
-    "its authors tell the network the level of the noisy frames for given frames too; the sampler tells it 0, "
-    "as for other models"
-)
 _EULER = (
     "its authors' two-step Adams-Bashforth sampler is not one of ours: Euler on the same noise levels, as in diffusers"
 )
@@ -106,6 +102,7 @@ _PREDICT25 = SamplerConfig(
     guidance_scale=7.0,
     guidance_convention="conditional",
     negative_prompt=NEGATIVE_PROMPT,
+    condition_level=None,
     round_levels=True,
 )
 # Cosmos 1: EDM, sigma from 80 to 0.002, sigma_data 0.5.
@@ -254,7 +251,6 @@ def _predict25() -> list[Recipe]:
                     sampler=_PREDICT25,
                     condition_level=None,
                     text_encoder="cosmos-reason1-7b",
-                    note=_NO_LEVEL,
                 )
             )
     post = next(index for index, row in enumerate(rows) if row.name == "cosmos-predict2.5-2b-post-trained")
@@ -269,7 +265,7 @@ def _predict25() -> list[Recipe]:
         sigma_max=200.0,
         condition_level=0.0001,
     )
-    rows[post] = replace(rows[post], sampler=karras, condition_level=0.0001, note="")
+    rows[post] = replace(rows[post], sampler=karras, condition_level=0.0001)
     base = rows[post]
     rows.append(
         replace(
@@ -293,7 +289,6 @@ def _predict25() -> list[Recipe]:
             frames=29,
             fps=30.0,
             condition_level=None,
-            note=_NO_LEVEL,
         )
     )
     rows.append(
@@ -309,7 +304,6 @@ def _predict25() -> list[Recipe]:
             fps=4.0,
             given=(1,),
             condition_level=None,
-            note=_NO_LEVEL,
         )
     )
     return rows

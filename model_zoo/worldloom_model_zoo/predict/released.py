@@ -141,7 +141,9 @@ def import_released(
         width=width,
         fps=row.fps,
         model=released.config,
-        sampler=replace(row.sampler, chunk_frames=row.frames if row.frames > 1 else 0),
+        sampler=replace(
+            row.sampler, chunk_frames=row.frames if row.frames > 1 else 0, overlap_frames=max(1, *row.given)
+        ),
         tokenizer=TokenizerRef(str(tokenizer) or row.tokenizer),
         text=TextEncoderRef(row.text_encoder, tokens=row.text_tokens),
     )

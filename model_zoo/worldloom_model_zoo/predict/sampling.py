@@ -75,7 +75,8 @@ def draw_latents(
 def as_context(latents: Tensor, sampler: SamplerConfig, noise: Callable[[], Tensor]) -> tuple[Tensor, float]:
     """Clean latents as the network is shown given frames, and the level (sigma) to call them by.
 
-    With ``context_noise`` they are noisy. An EDM network sees them scaled by their own c_in.
+    With ``context_noise`` they are noisy. An EDM network sees them scaled by their own c_in. Where ``condition_level``
+    is unset the level is that of their noise; a caller that denoises jointly puts that of the other frames.
     """
     level = sampler.context_noise
     if sampler.edm:
@@ -84,7 +85,7 @@ def as_context(latents: Tensor, sampler: SamplerConfig, noise: Callable[[], Tens
         return noisy / (sigma**2 + sampler.sigma_data**2) ** 0.5, sigma
     if level:
         latents = flow_interpolate(latents, noise(), latents.new_full((len(latents), latents.shape[2]), level))
-    return latents, max(level, sampler.condition_level)
+    return latents, max(level, sampler.condition_level or 0.0)
 
 
 class GuidedNetwork:
@@ -146,7 +147,7 @@ class GuidedNetwork:
             condition_mask: ``(b, 1, t, h, w)``.
         """
         sampler, b = self.sampler, len(x)
-        told = [self._told(level, index >= known) for index, level in enumerate(levels)]
+        told = [self._told(level, index >= known or level == levels[-1]) for index, level in enumerate(levels)]
         options = {"condition_mask": condition_mask, "fps": self.fps}
         if step is not None:
             options["step"] = x.new_tensor([0.0] * known + [step] * (len(told) - known)).expand(b, -1)
