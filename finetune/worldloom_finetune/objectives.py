@@ -56,8 +56,12 @@ class ObjectiveConfig:
     """With ``action_weight``, how often a sample trains forward dynamics (clean actions, noisy frames), inverse
     dynamics (noisy actions, clean frames) and policy (both noisy, each at its own level), relative to each other."""
     rollout_share: float = 0.0
-    """Share of samples whose last context frames are the model's own, sampled as in use (self forcing, Huang et al.
-    2025), so that its errors are met in training. For causal models."""
+    """Share of samples that are rolled out as in use (self forcing, Huang et al. 2025), so that a model meets its own
+    errors in training. For causal models."""
+    rollout_target: Literal["endpoint", "context"] = "endpoint"
+    """``endpoint``: frames of a rollout are to be the true ones, with gradients through the last sampler step of each
+    (plain ``flow``). ``context``: true frames are denoised after a rollout (always so in ``distill`` and with
+    ``action_weight``)."""
     rollout_frames: int = 3
     """Latent frames of such a rollout, at most."""
     rollout_steps: int = 2
@@ -152,7 +156,7 @@ def step_levels(
 
 
 def draw(model: nn.Module, batch: LatentBatch, config: ObjectiveConfig, generator: torch.Generator) -> Drawn:
-    """Noise levels, noise and what is dropped; a ``rollout_share`` of the samples with frames of the model's own."""
+    """Noise levels, noise and what is dropped; a ``rollout_share`` of the samples with own frames as context."""
     latents = batch.latents
     b, _, t = latents.shape[:3]
     levels = step_levels if config.kind == "distill" else noise_levels
@@ -175,7 +179,7 @@ def draw(model: nn.Module, batch: LatentBatch, config: ObjectiveConfig, generato
     steps = config.steps if config.kind == "distill" else config.rollout_steps
     own = roll_out(
         model,
-        LatentBatch(*(None if x is None else x[:rows] for x in (latents, batch.actions, batch.text))),  # type: ignore[arg-type]
+        _rows(batch, slice(rows)),
         start=start,
         frames=frames,
         levels=flow_levels(steps, config.shift if config.kind == "distill" else 1.0),
@@ -256,10 +260,64 @@ def rectified_flow_loss(
     Raises:
         WorldloomError: if the loss is not finite.
     """
+    if config.rollout_share and config.rollout_target == "endpoint":
+        return _flow_and_rollout(model, batch, config, generator, weights)
     drawn = draw(model, batch, config, generator)
     velocity = model(drawn.noisy, drawn.level, batch.actions, batch.text, **drawn.masks)
     loss, metrics = frame_loss(velocity, drawn.noise - batch.latents, drawn, weights)
     return finite(loss), metrics
+
+
+def _flow_and_rollout(
+    model: nn.Module, batch: LatentBatch, config: ObjectiveConfig, generator: torch.Generator, weights: Tensor | None
+) -> tuple[Tensor, dict[str, float]]:
+    """The mean, by samples, of flow on some and of `rollout_loss` on the others."""
+    b, t = len(batch.latents), batch.latents.shape[2]
+    plain = replace(config, rollout_share=0.0)
+    if t < 2:
+        return rectified_flow_loss(model, batch, plain, generator, weights)
+    rows = max(1, round(config.rollout_share * b))
+    own = rollout_loss(model, _rows(batch, slice(rows)), config, generator, weights)
+    metrics = {"loss_rollout": float(own.detach())}
+    if rows == b:
+        return finite(own), metrics
+    loss, of_flow = rectified_flow_loss(model, _rows(batch, slice(rows, None)), plain, generator, weights)
+    return finite((rows * own + (b - rows) * loss) / b), metrics | of_flow
+
+
+def rollout_loss(
+    model: nn.Module, batch: LatentBatch, config: ObjectiveConfig, generator: torch.Generator, weights: Tensor | None
+) -> Tensor:
+    """Mean squared error of a rollout's frames, in units of velocity: divided by the level of its last sampler step."""
+    b, t = len(batch.latents), batch.latents.shape[2]
+    frames = min(config.rollout_frames, t - 1)
+    start = int(torch.randint(1, t - frames + 1, (1,), generator=generator))
+    masks: dict[str, Any] = {
+        "action_mask": torch.rand(b, generator=generator) >= config.action_dropout,
+        "text_mask": None if batch.text is None else torch.rand(b, generator=generator) >= config.text_dropout,
+    }
+    levels = flow_levels(config.rollout_steps)
+    made = roll_out(
+        model,
+        batch,
+        start=start,
+        frames=frames,
+        levels=levels,
+        context_noise=config.context_noise,
+        generator=generator,
+        masks={name: None if x is None else x.to(batch.latents.device) for name, x in masks.items()},
+        gradients=True,
+    )
+    squares = ((made - batch.latents[:, :, start : start + frames]) / float(levels[-2])).square()
+    if weights is not None:
+        squares = squares * weights.to(squares)[None, :, None, None, None]
+    return squares.mean()
+
+
+def _rows(batch: LatentBatch, which: slice) -> LatentBatch:
+    """Some samples of a batch."""
+    given = (batch.latents, batch.actions, batch.text)
+    return LatentBatch(*(None if x is None else x[which] for x in given))  # type: ignore[arg-type]
 
 
 def edm_loss(

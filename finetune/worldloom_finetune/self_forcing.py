@@ -1,15 +1,16 @@
 """Frames of a model's own, for training: what a rollout would have made of the beginning of a sample.
 
 A model trained on true frames alone meets its own errors for the first time in use, where they add up. Self forcing
-(Huang et al. 2025) trains on rollouts by the sampler that will be used. Here the frames that follow are true ones,
-to be denoised after context frames of the model's own, so a world that is driven by actions pulls a rollout back.
-Gradients do not pass through the rollout: it costs (steps + 1) passes of single frames, and no memory.
+(Huang et al. 2025) trains on rollouts by the sampler that will be used. In a world that is driven by actions the truth
+is known: the rolled out frames are to be the true ones, or the frames that follow them are. Gradients reach the last
+sampler step of a frame at most, never the context, so a rollout costs (steps + 1) passes of single frames.
 
 Letters: b batch, t latent frames, c channels, h w latent size, r actions between latent frames, a action size.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,10 +20,9 @@ from torch import Tensor, nn
 from worldloom.errors import WorldloomError
 from worldloom.schema import LatentBatch
 from worldloom_model_zoo.predict.model import KVCache
-from worldloom_model_zoo.samplers import flow_euler, flow_interpolate
+from worldloom_model_zoo.samplers import flow_interpolate
 
 
-@torch.no_grad()
 def roll_out(
     model: nn.Module,
     batch: LatentBatch,
@@ -33,6 +33,7 @@ def roll_out(
     context_noise: float,
     generator: torch.Generator,
     masks: Mapping[str, Any],
+    gradients: bool = False,
 ) -> Tensor:
     """Latent frames ``[start, start + frames)`` as the model makes them from those before: ``(b, c, frames, h, w)``.
 
@@ -43,6 +44,7 @@ def roll_out(
         context_noise: every frame is taken into the cache at a level uniform in [0, this].
         generator: on the CPU.
         masks: ``action_mask`` and ``text_mask`` of the model.
+        gradients: let them flow through the last sampler step of each frame.
 
     Raises:
         WorldloomError: the model's attention is full.
@@ -61,6 +63,7 @@ def roll_out(
         """The actions that lead to frames ``[first, last)``; none leads to frame 0."""
         return None if actions is None else actions[:, r * max(first - 1, 0) : r * (last - 1)]
 
+    @torch.no_grad()
     def observe(x: Tensor, first: int) -> None:
         level = (torch.rand(b, x.shape[2], generator=generator) * context_noise).to(x)
         noise = torch.randn(x.shape, generator=generator).to(x)
@@ -69,16 +72,21 @@ def roll_out(
 
     observe(latents[:, :, :start], 0)
     made = []
+    points = levels.tolist()
+    gradients = gradients and torch.is_grad_enabled()
     for frame in range(start, start + frames):
         taken = led_to(frame, frame + 1)
-
-        def velocity(x: Tensor, level: float, taken: Tensor | None = taken) -> Tensor:
-            return model(x, x.new_full((b, 1), level), taken, batch.text, **masks, cache=cache)
-
-        x = flow_euler(velocity, torch.randn((b, c, 1, h, w), generator=generator).to(latents), levels)
+        x = torch.randn((b, c, 1, h, w), generator=generator).to(latents)
+        for step, (level, following) in enumerate(itertools.pairwise(points), 2):
+            last = gradients and step == len(points)
+            if last:
+                torch.clear_autocast_cache()  # see below
+            with torch.set_grad_enabled(last):
+                velocity = model(x, x.new_full((b, 1), level), taken, batch.text, **masks, cache=cache)
+                x = x + (following - level) * velocity
         made.append(x)
         if frame + 1 < start + frames:
-            observe(x, frame)
+            observe(x.detach(), frame)
     # Until torch 2.10, weights that autocast converted without gradients served again with them (pytorch #158232).
     torch.clear_autocast_cache()
     return torch.cat(made, dim=2)

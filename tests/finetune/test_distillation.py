@@ -279,8 +279,45 @@ def test_rollouts_are_for_causal_models() -> None:
         rectified_flow_loss(model(attention="full"), batch(), config, torch.Generator())
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_the_error_of_a_rollout_is_that_of_its_last_steps_velocity(steps: int) -> None:
+    data = batch(t=6)
+    for share in (0.5, 1.0):
+        config = ObjectiveConfig(rollout_share=share, rollout_steps=steps, context_noise=0.0)
+        oracle = Oracle(data.latents, bias=0.4)
+        loss, metrics = rectified_flow_loss(oracle, _all_alike(data, oracle), config, torch.Generator().manual_seed(0))
+        assert loss.item() == pytest.approx(0.16, rel=1e-3)
+        assert metrics["loss_rollout"] == pytest.approx(0.16, rel=1e-3)
+
+
+def _all_alike(data: LatentBatch, oracle: Oracle) -> LatentBatch:
+    """The first sample as often as there are samples, so that every part of the batch is what the oracle knows."""
+    latents = data.latents[:1].expand(len(data.latents), -1, -1, -1, -1)
+    oracle.clean = latents
+    return LatentBatch(latents, data.actions)
+
+
+def test_gradients_of_a_rollout_are_those_of_its_last_steps_alone() -> None:
+    network, data = model(window=3), batch(t=4)
+    config = ObjectiveConfig(rollout_share=1.0, rollout_frames=2, rollout_steps=2, action_dropout=0.0)
+    loss, _ = rectified_flow_loss(network, data, config, torch.Generator().manual_seed(1))
+    loss.backward()
+    got = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+
+    calls = []
+    handle = network.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    seen = []
+    other = network.register_forward_hook(lambda _, args, out: seen.append(out.requires_grad))
+    rectified_flow_loss(network, data, config, torch.Generator().manual_seed(1))
+    handle.remove()
+    other.remove()
+    assert seen == [False, False, True, False, False, True]  # start; two steps; its first frame is taken in; two steps
+    assert got.abs().max() > 0
+    assert all(not key.requires_grad for _, kwargs in calls for key in kwargs["cache"].keys)
+
+
 def test_a_sample_too_short_to_be_rolled_out_is_trained_as_it_is() -> None:
-    config = ObjectiveConfig(rollout_share=1.0)
+    config = ObjectiveConfig(rollout_share=1.0, rollout_target="context")
     network, data = model(), batch(t=2)
     loss, _ = rectified_flow_loss(network, data, config, torch.Generator().manual_seed(0))
     plain, _ = rectified_flow_loss(network, data, ObjectiveConfig(), torch.Generator().manual_seed(0))
@@ -292,6 +329,7 @@ def test_a_sample_too_short_to_be_rolled_out_is_trained_as_it_is() -> None:
 KINDS = {
     "flow": ({}, {}),
     "rollouts": ({"rollout_share": 0.5}, {}),
+    "context": ({"rollout_share": 0.5, "rollout_target": "context"}, {}),
     "edm": ({"kind": "edm"}, {}),
     "joint": ({"action_weight": 1.0}, {"action_head": True}),
     "distill": ({"kind": "distill", "rollout_share": 0.5}, {}),
@@ -316,7 +354,7 @@ def test_equal_generators_give_equal_losses_and_gradients_reach_every_weight(nam
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # of the norm of queries
-@pytest.mark.parametrize("name", ["rollouts", "shortcut"])
+@pytest.mark.parametrize("name", ["rollouts", "context", "shortcut"])
 def test_passes_without_gradients_leave_those_of_bfloat16_alone(name: str) -> None:
     objective, network = KINDS[name]
     config, data = ObjectiveConfig(**objective), batch()
