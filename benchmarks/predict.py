@@ -374,20 +374,13 @@ def main() -> None:
             print(f"ratio step-{'per-frame' if per_frame else 'one-level'}: {found['ratio']:.2f} (time)", flush=True)
     if "video2world" in args.cases:
         pairs = 1 if quick else 3
-        settings = (("autoencoder", 96, (64, 96), 2, 4), ("network", 24, (96, 128), 4, 8))
+        settings = (("autoencoder", 96, (48, 64), 2, 4), ("network", 16, (96, 128), 4, 8))
         for name, channels, size, blocks, steps in settings:
-            options = {
-                "channels": channels,
-                "size": size,
-                "width": 1024,
-                "blocks": blocks,
-                "frames": 17,
-                "steps": steps,
-            }
-            found = apart("video2world", **options, given=5, pairs=pairs)
+            options = {"channels": channels, "size": size, "blocks": blocks, "steps": steps}
+            found = apart("video2world", **options, width=512, frames=17, given=5, pairs=pairs)
             _line(
                 f"video2world, 17 frames of {size[0]}x{size[1]} from 5, autoencoder of {channels} channels, {blocks} "
-                f"blocks, {steps} steps, guided",
+                f"blocks of width 512, {steps} steps, guided",
                 found,
             )
             ours, theirs = found["ours"], found["theirs"]
