@@ -208,13 +208,21 @@ def _beside(path: str, suffix: str) -> str:
 @click.command()
 @click.argument("model")
 @click.option("--data", required=True, type=click.Path(exists=True, file_okay=False), help="Dataset of clips.")
-@click.option("--horizon", default=8, show_default=True, help="Frames to predict.")
+@click.option("--horizon", default=16, show_default=True, help="Frames to predict; shorter ones are tabulated too.")
 @click.option("--context", default=9, show_default=True, help="Frames given before them.")
 @click.option("--clips", default=128, show_default=True, help="Test windows, spread over the dataset; 0 for all.")
 @click.option("--steps", type=int, help="Sampler steps a frame.  [default: the model's]")
 @click.option("--guidance", type=float, help="Guidance scale; 1 is none.  [default: the model's]")
 @click.option("--batch-size", default=8, show_default=True, help="Windows at a time.")
 @click.option("--seed", default=0, show_default=True, help="Of the noise and of the shuffled actions.")
+@click.option("--frechet", is_flag=True, help="Fréchet video distance (offline encoder; not comparable with I3D's).")
+@click.option("--following", is_flag=True, help="Can the actions be read off the made videos? Takes a minute or two.")
+@click.option("--drift", type=int, is_flag=False, flag_value=500, default=0, metavar="[FRAMES]",
+              help="Statistics of long rollouts against real frames.  [500 frames if none are given]")  # fmt: skip
+@click.option("--physics", is_flag=False, flag_value="data", default="", metavar="[ENV_ID]",
+              help="Where objects end up, against the true simulator.  [the one --data was recorded in]")  # fmt: skip
+@click.option("--reference", type=click.Path(exists=True, file_okay=False),
+              help="Real clips to compare with and learn from.  [default: every other of --data]")  # fmt: skip
 @click.option("--out", default="out/eval", show_default=True, type=click.Path(file_okay=False), help="Folder.")
 @_device
 def evaluate(
@@ -227,18 +235,27 @@ def evaluate(
     guidance: float | None,
     batch_size: int,
     seed: int,
+    frechet: bool,
+    following: bool,
+    drift: int,
+    physics: str,
+    reference: str | None,
     out: str,
     device: str,
 ) -> None:
     """Measure MODEL on the clips of --data: PSNR and SSIM against repeating the last frame, and action sensitivity.
 
-    Use clips that training never saw. Writes metrics.json, summary.json and report.html; run again it finds them.
+    --frechet, --following, --drift and --physics measure more, and take longer. Use clips that training never saw.
+    Writes metrics.json, summary.json and report.html; run again it finds them.
     """
     from worldloom.loading import load_model
     from worldloom_model_zoo.evaluate import EvalConfig
     from worldloom_model_zoo.evaluate_report import print_table, run
 
-    config = EvalConfig(horizon, context, clips, batch_size, seed, steps=steps, guidance_scale=guidance)
+    config = EvalConfig(
+        horizon, context, clips, batch_size, seed, steps=steps, guidance_scale=guidance, reference=reference or "",
+        frechet=frechet, following=following, drift=drift, physics=physics,
+    )  # fmt: skip
     pipeline = load_model(model, device=device)
     result = run(pipeline, model, data, config, out)
     print_table(result)

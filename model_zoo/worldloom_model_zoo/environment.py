@@ -76,12 +76,15 @@ class WorldModelEnv(VectorEnv):
         action_space: what an agent chooses at once: ``Discrete`` (one-hot to the model), ``Box`` or ``MultiBinary`` of
             the model's action size. None takes it from the dataset: Discrete where every recorded action is one-hot,
             otherwise a Box of the range of the recorded actions.
+        action_names: of the components of a given ``action_space``, to match them with the model's; empty if they are
+            the model's own.
         actions_per_step: actions taken in a step, a divisor of r; above 1 the space has one more axis.
         context: frames of a start, 1 + r k; None takes the model's.
         reward: a head; without one every reward is 0.
         termination: a head; without one no episode terminates.
         encoder: tokenizer whose latents the heads see; None takes the model's.
         size: (height, width) of the frames; None takes the model's, else that of the starts.
+        prompt: what the worlds are, for models that take text.
         autoreset_mode: Gymnasium's: next step, same step or disabled.
         render_mode: ``rgb_array`` or None.
         device: where a model that is given by name is loaded.
@@ -100,12 +103,14 @@ class WorldModelEnv(VectorEnv):
         num_envs: int = 1,
         max_steps: int | None = None,
         action_space: spaces.Space[Any] | None = None,
+        action_names: Sequence[str] = (),
         actions_per_step: int = 1,
         context: int | None = None,
         reward: Head | None = None,
         termination: Head | None = None,
         encoder: Any = None,
         size: tuple[int, int] | None = None,
+        prompt: str = "",
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         render_mode: str | None = None,
         device: str = "cpu",
@@ -140,9 +145,9 @@ class WorldModelEnv(VectorEnv):
         if self.context < 1 or (self.context - 1) % self.frames_per_step:
             raise WorldloomError(f"context must be 1 + {self.frames_per_step}k frames", got=self.context)
         self._choices = action_space if action_space is not None else _space_of(pool, model.action_dim)
-        self._names = () if action_space is not None or pool is None else pool.action_names
+        self._names = tuple(action_names) if action_space is not None or pool is None else pool.action_names
         _check_space(self._choices, model, self._names)
-        self._reward, self._termination = reward, termination
+        self._reward, self._termination, self._prompt = reward, termination, prompt
         self._encoder: Any = encoder if encoder is not None else getattr(model, "tokenizer", None)
         if (reward or termination) and self._encoder is None:
             raise WorldloomError("heads see latents, and the model has no tokenizer", do="give encoder=")
@@ -251,7 +256,8 @@ class WorldModelEnv(VectorEnv):
             actions = torch.from_numpy(stacked) if stacked.shape[1] else None
         # A session of its own on the same weights.
         group = _Group(copy.copy(self.model), rows.copy())
-        seen = group.world.reset(video, actions, seed=int(self.np_random.integers(1 << 31)))
+        text: dict[str, Any] = {"text": [self._prompt] * len(rows)} if self._prompt else {}
+        seen = group.world.reset(video, actions, seed=int(self.np_random.integers(1 << 31)), **text)
         self._observations[rows] = media.to_frames(seen[:, :, -1:])[:, 0]
         if self._reward or self._termination:
             self._look(group, seen)
@@ -325,6 +331,10 @@ class WorldModelEnv(VectorEnv):
         assert self.pool is not None
         actions = _align(self.model, torch.from_numpy(start.actions)[None], self.pool.action_names)[0].numpy()
         return Start(start.frames, actions, start.source)
+
+    def align(self, actions: np.ndarray) -> np.ndarray:
+        """Actions ``(t, k)`` of the environment's components, as the model takes them ``(t, a)``."""
+        return _align(self.model, torch.from_numpy(actions)[None], self._names)[0].numpy()
 
     # -- actions --------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,10 @@ What is measured, on windows of ``context + horizon`` frames of the clips:
 - Action sensitivity is the PSNR with the true actions minus the PSNR with another clip's actions after the context
   (context actions stay true; noise is the same). A model that ignores its actions scores 0.
 - The tokenizer's reconstruction of the true frames bounds what its latents can express.
+- Flicker is the mean change of the error from frame to frame (`worldloom.compare.flicker`), the last given frame
+  included; 0 where motion is exact.
+
+On request (`suite`): Fréchet distance, action following, drift over long rollouts, physics against the simulator.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from worldloom import media
-from worldloom.compare import mse, psnr, ssim
+from worldloom.compare import flicker, mse, psnr, ssim
 from worldloom.errors import WorldloomError
 from worldloom.schema import Clip
 from worldloom.shards import Dataset, open_dataset
@@ -35,12 +39,18 @@ from worldloom.shards import Dataset, open_dataset
 if TYPE_CHECKING:
     import torch
 
+    from worldloom.progress import Report
+    from worldloom_model_zoo.action_following import FollowingResult
+    from worldloom_model_zoo.drift import DriftResult
+    from worldloom_model_zoo.frechet import FrechetResult
+    from worldloom_model_zoo.physics import PhysicsResult
     from worldloom_model_zoo.predict.pipeline import PredictPipeline
 
 MODEL, BASELINE, SHUFFLED, TOKENIZER = "model", "repeat last frame", "model, shuffled actions", "tokenizer"
 
 
-DERIVED = ("gain", "gain_per_frame", "action_sensitivity", "action_sensitivity_per_frame")
+DERIVED = ("gain", "gain_per_frame", "action_sensitivity", "action_sensitivity_per_frame", "horizons")
+MEASURES = ("frechet", "following", "drift", "physics")
 
 
 @dataclass(frozen=True)
@@ -63,9 +73,22 @@ class EvalConfig:
     """Sampler steps; unset takes the model's."""
     guidance_scale: float | None = None
     """Guidance; unset takes the model's."""
+    reference: str = ""
+    """Dataset of real clips that the following compare with and learn from, e.g. the training data; empty keeps every
+    other clip of the tested one for that."""
+    frechet: bool = False
+    """Measure the Fréchet video distance."""
+    following: bool = False
+    """Measure whether actions can be read off the made videos."""
+    drift: int = 0
+    """Frames of the long rollouts whose drift is measured; 0 for none."""
+    physics: str = ""
+    """Gymnasium id of the simulator to hold the model against, or ``data`` for that of the dataset; empty for none."""
+    probe_steps: int = 600
+    """Gradient steps of the small networks that read actions and positions off frames."""
 
     def __post_init__(self) -> None:
-        if self.horizon < 1 or self.context < 1 or self.batch_size < 1 or min(self.clips, self.videos) < 0:
+        if self.horizon < 1 or self.context < 1 or self.batch_size < 1 or min(self.clips, self.videos, self.drift) < 0:
             raise WorldloomError("horizon, context and batch_size must be positive", got=self)
 
 
@@ -89,6 +112,21 @@ class Example:
     truth: np.ndarray
     model: np.ndarray
     baseline: np.ndarray
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """Figures of the first so many predicted frames."""
+
+    frames: int
+    psnr: float
+    """dB of the mean error of the model over these frames."""
+    gain: float
+    """Model minus baseline, dB."""
+    gain_at: float
+    """The same of the last of these frames alone."""
+    action_sensitivity: float | None
+    """True minus shuffled actions, dB over these frames; None where there are no actions to shuffle."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +159,27 @@ class EvalResult:
     """Clip, first frame, and the PSNR of each kind."""
     examples: tuple[Example, ...] = ()
     """For a report; not written to JSON."""
+    flicker: dict[str, float] = field(default_factory=dict)
+    """Grey levels, for the same kinds as `psnr`."""
+    frechet: FrechetResult | None = None
+    """Where it was asked for, as the three below."""
+    following: FollowingResult | None = None
+    drift: DriftResult | None = None
+    physics: PhysicsResult | None = None
+
+    @property
+    def horizons(self) -> list[Horizon]:
+        """Figures over the first 1, 2, 4, 8, ... frames, and over all."""
+        count = len(self.curves[MODEL])
+        error = {kind: 255.0**2 / 10 ** (np.array(curve) / 10) for kind, curve in self.curves.items()}
+        steps = [2**power for power in range(count.bit_length()) if 2**power < count]
+        return [self._first(error, frames) for frames in [*steps, count]]
+
+    def _first(self, error: dict[str, np.ndarray], frames: int) -> Horizon:
+        over = {kind: float(psnr(values[:frames].mean())) for kind, values in error.items()}
+        sensitivity = over[MODEL] - over[SHUFFLED] if SHUFFLED in over else None
+        at = self.curves[MODEL][frames - 1] - self.curves[BASELINE][frames - 1]
+        return Horizon(frames, over[MODEL], over[MODEL] - over[BASELINE], at, sensitivity)
 
     @property
     def gain(self) -> float:
@@ -144,16 +203,41 @@ class EvalResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the frames, JSON-ready."""
-        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "examples"}
-        derived = {name: getattr(self, name) for name in DERIVED}
-        return {**plain, **derived, "config": dataclasses.asdict(self.config), "notes": list(self.notes)}
+        names = [f.name for f in dataclasses.fields(self) if f.name not in ("examples", *MEASURES)]
+        plain = {name: getattr(self, name) for name in (*names, *DERIVED)}
+        plain["horizons"] = [dataclasses.asdict(horizon) for horizon in self.horizons]
+        for name in MEASURES:
+            measured = getattr(self, name)
+            if measured is not None:  # without frames
+                bare = dataclasses.replace(measured, shown=()) if hasattr(measured, "shown") else measured
+                plain[name] = {k: v for k, v in dataclasses.asdict(bare).items() if k != "shown"}
+                plain[name] |= {"stable": measured.stable} if name == "drift" else {}
+        return {**plain, "config": dataclasses.asdict(self.config), "notes": list(self.notes)}
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> EvalResult:
         """The reverse of `to_dict`, without frames."""
         values = {key: value for key, value in plain.items() if key not in DERIVED}
         values |= {"config": EvalConfig(**plain["config"]), "notes": tuple(plain["notes"])}
+        for name in set(MEASURES) & set(values):
+            values[name] = _measure(name, values[name])
         return cls(**values)
+
+
+def _measure(name: str, plain: dict[str, Any]) -> Any:
+    """A result of a measure from its JSON."""
+    from worldloom_model_zoo.action_following import FollowingResult
+    from worldloom_model_zoo.drift import DriftResult
+    from worldloom_model_zoo.frechet import FrechetResult
+    from worldloom_model_zoo.physics import PhysicsResult
+
+    readers: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "frechet": lambda found: FrechetResult(**{**found, "notes": tuple(found["notes"])}),
+        "following": lambda found: FollowingResult(**found),
+        "drift": lambda found: DriftResult.from_dict({k: v for k, v in found.items() if k != "stable"}),
+        "physics": PhysicsResult.from_dict,
+    }
+    return readers[name](plain)
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------
@@ -165,19 +249,21 @@ def evaluate(
     config: EvalConfig | None = None,
     *,
     select: Callable[[Clip], bool] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report | None = None,
 ) -> EvalResult:
     """Measure a pipeline on a dataset of clips.
 
     Args:
         select: which clips are tested, e.g. those that training held out; None for all.
-        progress: called with (windows done, windows in all).
+        progress: called with (done, in all), and of other work than the windows with what it is.
 
     Raises:
         WorldloomError: lengths that the tokenizer cannot take, no clip long enough, actions the model does not know,
-            torchmetrics missing.
+            an optional package missing, or a measure that cannot be taken of this model on this data.
     """
     import torch
+
+    from worldloom_model_zoo.suite import Batch, Suite
 
     config = config or EvalConfig()
     dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
@@ -196,6 +282,7 @@ def evaluate(
     given = {"steps": config.steps, "guidance_scale": config.guidance_scale}
     sampler = dataclasses.replace(pipeline.sampler, **{k: v for k, v in given.items() if v is not None})
 
+    suite = Suite(pipeline, dataset, windows, config, actions, progress)
     tally = _Tally()
     shown = set(np.linspace(0, len(windows) - 1, min(config.videos, len(windows))).round().astype(int).tolist())
     examples: list[Example] = []
@@ -218,7 +305,9 @@ def evaluate(
             frames[SHUFFLED] = predict(swapped[rows])
         with torch.no_grad():
             frames[TOKENIZER] = media.to_frames(pipeline.tokenizer.decode(pipeline.tokenizer.encode(video)))
-        tally.add(truth[:, config.context :], {kind: made[:, config.context :] for kind, made in frames.items()})
+        tally.add(truth, frames, config.context)
+        rows_of = [None if given is None else given[rows].numpy() for given in (actions, swapped)]
+        suite.add(Batch(range(first, first + len(truth)), truth, frames, *rows_of))
         for row in sorted(shown & set(range(first, first + len(truth)))):
             i, window = row - first, windows[row]
             one = tally.of_window(row)
@@ -229,6 +318,7 @@ def evaluate(
 
     if exact := tally.exact(BASELINE):
         notes.append(f"{exact:.1%} of the predicted frames equal the last context frame and give the baseline 58.9 dB.")
+    measured = suite.results()
     return EvalResult(
         psnr=tally.psnr(),
         psnr_per_frame=tally.psnr_per_frame(),
@@ -237,12 +327,14 @@ def evaluate(
         windows=len(windows),
         clips=len({window.clip for window in windows}),
         frames_per_second=len(windows) * config.horizon / max(sampling, 1e-9),
-        notes=tuple(notes),
+        notes=(*notes, *suite.notes),
         config=config,
         model=identity(pipeline),
         dataset={"path": str(dataset.root), "id": dataset.index.id, "samples": len(dataset)},
         per_window=[{"clip": w.clip, "start": w.start, **tally.of_window(i)} for i, w in enumerate(windows)],
         examples=tuple(examples),
+        flicker=tally.flicker(),
+        **measured,
     )
 
 
@@ -373,12 +465,14 @@ class _Tally:
     def __init__(self) -> None:
         self._mse: dict[str, list[np.ndarray]] = {}
         self._similarity: dict[str, list[np.ndarray]] = {}
+        self._flicker: dict[str, list[np.ndarray]] = {}
 
-    def add(self, truth: np.ndarray, made: dict[str, np.ndarray]) -> None:
-        """A batch: uint8 ``(b, horizon, H, W, 3)``."""
+    def add(self, truth: np.ndarray, made: dict[str, np.ndarray], context: int) -> None:
+        """A batch: uint8 ``(b, context + horizon, H, W, 3)``; frames after the context count."""
         for kind, frames in made.items():
-            self._mse.setdefault(kind, []).extend(mse(frames, truth))
-            self._similarity.setdefault(kind, []).extend(ssim(frames, truth))
+            self._mse.setdefault(kind, []).extend(mse(frames[:, context:], truth[:, context:]))
+            self._similarity.setdefault(kind, []).extend(ssim(frames[:, context:], truth[:, context:]))
+            self._flicker.setdefault(kind, []).extend(flicker(frames[:, context - 1 :], truth[:, context - 1 :]))
 
     def of_window(self, row: int) -> dict[str, float]:
         """PSNR of the mean error of one window."""
@@ -395,6 +489,9 @@ class _Tally:
 
     def ssim(self) -> dict[str, float]:
         return {kind: float(np.mean(values)) for kind, values in self._similarity.items()}
+
+    def flicker(self) -> dict[str, float]:
+        return {kind: float(np.mean(values)) for kind, values in self._flicker.items()}
 
     def exact(self, kind: str) -> float:
         """Share of frames without any error."""

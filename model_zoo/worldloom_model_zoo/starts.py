@@ -19,7 +19,7 @@ from worldloom.errors import WorldloomError
 from worldloom.schema import Clip
 from worldloom.shards import Dataset, ShardSample, open_dataset
 
-_CACHED = 64  # decoded clips that are kept
+_CACHED = 16  # decoded clips that are kept
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,11 @@ class StartPool:
     def action_dim(self) -> int:
         """Size of the recorded actions; 0 where there are none."""
         return 0 if self.dataset is None else self.dataset.index.action_dim
+
+    @property
+    def lengths(self) -> list[int]:
+        """Frames of each clip."""
+        return list(self._lengths)
 
     def draw(self, random: np.random.Generator, frames: int) -> Start:
         """A random span of ``frames`` frames; every span of every clip is equally likely.

@@ -32,6 +32,8 @@ from worldloom_model_zoo.evaluate import (
     evaluate,
     plan,
 )
+from worldloom_model_zoo.evaluate_report import print_table, run
+from worldloom_model_zoo.suite import REAL
 
 CONFIG = EvalConfig(horizon=8, context=5, clips=0, batch_size=3, videos=2)
 
@@ -110,6 +112,30 @@ def test_the_result_does_not_depend_on_the_batch(folder: Path, dataset: Dataset,
     for kind in (MODEL, BASELINE, SHUFFLED, TOKENIZER):
         # 8-bit rounding may flip a pixel's level by what batching does to float sums
         assert other.psnr[kind] == pytest.approx(result.psnr[kind], abs=0.01)
+
+
+def test_shorter_horizons_are_those_of_shorter_evaluations(folder: Path, dataset: Dataset, result: EvalResult) -> None:
+    """Over the first four frames: the same windows, evaluated with that horizon, up to the windows' spacing."""
+    assert [horizon.frames for horizon in result.horizons] == [1, 2, 4, 8]
+    last = result.horizons[-1]
+    assert last.psnr == pytest.approx(result.psnr[MODEL])
+    assert last.gain == pytest.approx(result.gain)
+    assert last.action_sensitivity == pytest.approx(result.action_sensitivity)
+    first = result.horizons[0]
+    assert first.gain == pytest.approx(first.gain_at)
+    mse = 255**2 / 10 ** (np.array(result.curves[MODEL][:4]) / 10)
+    assert result.horizons[2].psnr == pytest.approx(10 * np.log10(255**2 / mse.mean()))
+
+
+def test_flicker_of_repeating_is_how_much_moved(dataset: Dataset, result: EvalResult) -> None:
+    moved = []
+    for window in plan(dataset, CONFIG):
+        sample = dataset.load(window.sample)
+        assert sample.video is not None
+        truth = media.read_frames(sample.video)[window.start + 4 : window.start + 13].astype(float)
+        moved.append(np.abs(np.diff(truth, axis=0)).mean())
+    assert result.flicker[BASELINE] == pytest.approx(np.mean(moved), rel=1e-5)
+    assert set(result.flicker) == set(result.psnr)
 
 
 def test_psnr_is_bounded_on_both_sides() -> None:
@@ -219,6 +245,7 @@ def test_the_command_writes_figures_and_a_report_once(
 ) -> None:
     out = tmp_path / "out"
     words = ["eval", str(folder), "--data", str(dataset.root), "--context", "5", "--clips", "4", "--out", str(out)]
+    words += ["--horizon", "8"]
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 0, done.output
     assert "model minus repeat last frame" in done.output
@@ -242,6 +269,50 @@ def test_the_command_writes_figures_and_a_report_once(
     other = CliRunner().invoke(main, [*words, "--seed", "1"])
     assert other.exit_code == 0
     assert (out / "report.html").stat().st_mtime_ns != stamp
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_what_is_asked_for_is_measured_printed_and_found_again(
+    folder: Path, dataset: Dataset, tmp_path: Path, worldloom_home: Path, reference: bool
+) -> None:
+    config = EvalConfig(
+        horizon=8, context=5, clips=0, videos=1, frechet=not reference, following=True, drift=20 * reference,
+        reference=str(dataset.root) if reference else "", probe_steps=2,
+    )  # fmt: skip
+    result = run(load_model(folder), "tiny", dataset.root, config, tmp_path)
+    assert result.following is not None
+    assert set(result.following.score) == {REAL, MODEL, SHUFFLED, TOKENIZER}
+    assert result.following.actions == (7 if reference else 4) * 5  # windows of the first and the third clip
+    assert any("every other clip" in note for note in result.notes) != reference
+    if result.frechet is not None:
+        assert set(result.frechet.distance) == {REAL, MODEL, BASELINE, TOKENIZER}
+    if result.drift is not None:
+        assert result.drift.frames == 20
+    assert (result.frechet is None, result.drift is None) == (reference, not reference)
+    page = (tmp_path / "report.html").read_text()
+    assert "Does it do what it is told?" in page
+    assert ("Not comparable" in page) != reference
+    assert ("Drift of sharpness" in page) == reference
+    print_table(result)
+
+    again = run(load_model(folder), "tiny", dataset.root, config, tmp_path)
+    assert again.following == result.following
+    assert again.frechet == result.frechet
+    assert json.dumps(again.to_dict()) == json.dumps(result.to_dict())
+
+
+def test_measures_that_cannot_be_taken_say_why(folder: Path, dataset: Dataset, tmp_path: Path) -> None:
+    silent = tiny_models.clips(tmp_path / "silent", names=None)
+    pipeline = load_model(folder)
+    with pytest.raises(WorldloomError, match="needs a model and a dataset with actions"):
+        evaluate(pipeline, silent, EvalConfig(8, 5, following=True))
+    with pytest.raises(WorldloomError, match="does not say which simulator"):
+        evaluate(pipeline, dataset, EvalConfig(8, 5, clips=1, physics="data"))
+    with pytest.raises(WorldloomError, match="at least 20 frames"):
+        evaluate(pipeline, dataset, EvalConfig(8, 5, clips=1, drift=4))
+    one = tiny_models.clips(tmp_path / "one", (40,))
+    with pytest.raises(WorldloomError, match="no real clips to compare with"):
+        evaluate(pipeline, one, EvalConfig(8, 5, drift=20))
 
 
 def test_the_report_shows_truth_model_and_baseline_side_by_side(result: EvalResult) -> None:
