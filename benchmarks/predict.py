@@ -368,12 +368,12 @@ def main() -> None:
     quick = args.quick
     if "step" in args.cases:
         for per_frame in (True, False):
-            found = apart("step", per_frame=per_frame, width=1024, blocks=4, frames=6, pairs=5 if quick else 15)
+            found = apart("step", per_frame=per_frame, width=1024, blocks=4, frames=6, pairs=3 if quick else 7)
             kind = "level per frame" if per_frame else "one level"
             _line(f"denoising call, {kind}: 4 blocks of width 1024, 576 tokens, 512 of text", found)
             print(f"ratio step-{'per-frame' if per_frame else 'one-level'}: {found['ratio']:.2f} (time)", flush=True)
     if "video2world" in args.cases:
-        pairs = 1 if quick else 3
+        pairs = 1 if quick else 2
         settings = (("autoencoder", 96, (48, 64), 2, 4), ("network", 16, (96, 128), 4, 8))
         for name, channels, size, blocks, steps in settings:
             options = {"channels": channels, "size": size, "blocks": blocks, "steps": steps}
@@ -396,7 +396,7 @@ def main() -> None:
             _line(f"a frame at a context of {context} latent frames, 2 steps: cached, recomputed", found)
             print(f"ratio rollout-{context}: {found['ratio']:.2f} (time)", flush=True)
     if "constant" in args.cases:
-        found = apart("constant", model=args.model, early=16, late=500, pairs=20 if quick else 60)
+        found = apart("constant", model=args.model, early=16, late=500, pairs=10 if quick else 40)
         print(
             f"a step of {args.model}: 16 frames after its start {1e3 * found['ours']:.1f} ms, 500 after "
             f"{1e3 * found['theirs']:.1f} ms; {found['frames_per_second']:.0f} frames per second"
@@ -406,9 +406,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             data = args.data or str(record(Path(folder) / "maze", 4))
             for threshold in (0.1, 0.2, 0.3):
-                options = {"model": args.model, "data": data, "steps": 20, "method": "euler", "clips": 4}
+                options = {"model": args.model, "data": data, "steps": 35, "method": "euler", "clips": 4}
                 found = apart("skip", **options, threshold=threshold, pairs=1 if quick else 3)
-                _line(f"step skipping, {args.model}, 20 Euler steps, threshold {threshold}: skipping, whole", found)
+                _line(f"step skipping, {args.model}, 35 Euler steps, threshold {threshold}: skipping, whole", found)
                 print(
                     f"ratio skip-{threshold}: {found['ratio']:.2f} (time) at {found['psnr']:.1f} dB to the whole run, "
                     f"worst clip {found['least_psnr']:.1f}",

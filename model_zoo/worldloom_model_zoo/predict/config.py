@@ -164,7 +164,7 @@ class SamplerConfig:
     diffusion, Ruhe et al. 2024), for models trained with a noise level of its own for each frame. 0: one by one."""
     skip_threshold: float = 0.0
     """Change of the first block's contribution, relative, up to which the others' is reused from an earlier step; 0
-    computes every step whole. Start at 0.05."""
+    computes every step whole. Start at 0.2."""
 
     def __post_init__(self) -> None:
         told = self.condition_level or 0.0
