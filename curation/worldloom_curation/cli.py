@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,16 +15,20 @@ if TYPE_CHECKING:
 
 
 class _Curate(click.Group):
-    """Imports the recorder only when it is asked for."""
+    """Imports the recorder and the search only when they are asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["run", "record", "explain", "report", "export"]
+        return ["run", "record", "explain", "report", "export", "search"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name == "record":
             from worldloom_curation.record import record_command
 
             return record_command
+        if cmd_name == "search":
+            from worldloom_curation.search import search_command
+
+            return search_command
         return super().get_command(ctx, cmd_name)
 
 
@@ -33,23 +38,29 @@ def curate() -> None:
 
 
 @curate.command("run")
-@click.argument("src", type=click.Path(path_type=Path), required=False)
+@click.argument("src", required=False)
 @click.option("--out", type=click.Path(path_type=Path), help="Dataset folder to make, or to bring up to date.")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML file with settings.")
 @click.option("--set", "overrides", multiple=True, metavar="A.B=V", help="One setting, e.g. motion.threshold=0.3.")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes; the result does not depend on it.")
+@click.option("--executor", type=click.Choice(["local", "ray"]), help="Where they run; nor does it depend on that.")
+@click.option("--camera", "cameras", multiple=True, help="Robot datasets: only this camera; may be given again.")
 @click.option("--help-config", is_flag=True, help="List every setting and its default.")
 def run_command(
-    src: Path | None,
+    src: str | None,
     out: Path | None,
     config_file: Path | None,
     overrides: tuple[str, ...],
     workers: int | None,
+    executor: str | None,
+    cameras: tuple[str, ...],
     help_config: bool,
 ) -> None:
-    """Curate SRC: a folder, a video file, or a dataset folder made by `curate record`.
+    """Curate SRC: a folder, a video file, a dataset made by `curate record` or by LeRobot, or a URL that is allowed.
 
     Run again after a change, or after an interruption: only what is not done yet is done.
+
+    The exit code is 3 if a stage raised on some clips, which it leaves out: `worldloom curate explain` says why.
     """
     from worldloom.errors import WorldloomError
     from worldloom_curation import config as curation_config
@@ -61,6 +72,10 @@ def run_command(
         raise click.UsageError("give SRC and --out DIR")
     if workers is not None:
         overrides = (*overrides, f"workers={workers}")
+    if executor is not None:
+        overrides = (*overrides, f"executor='{executor}'")
+    if cameras:
+        overrides = (*overrides, f"sources.cameras={json.dumps(cameras)}")
     settings = curation_config.load(config_file, overrides)
     from worldloom_curation.pipeline import run
 
@@ -71,6 +86,8 @@ def run_command(
             display.stop()
             raise
     click.echo(_said(summary))
+    if summary["quarantined"]:
+        click.get_current_context().exit(3)
 
 
 def _print_settings() -> None:
@@ -93,6 +110,9 @@ def _said(summary: Mapping[str, Any]) -> str:
         f"{summary['sources']} sources, {frames['frames']} frames -> {summary['clips']} clips, {frames['kept']} frames"
     )
     lines.append(f"dropped: {dropped or 'nothing'}; failed: {summary['failed']}")
+    if count := summary["quarantined"]:
+        clips = "1 clip" if count == 1 else f"{count} clips"
+        lines.append(f"{clips} in quarantine: a stage raised an exception there; see {summary['out']}/ledger.parquet")
     lines.append(f"{summary['dataset']} in {summary['out']}")
     lines.append(f"look at it: worldloom curate report --out {summary['out']}")
     return "\n".join(lines)
@@ -168,6 +188,8 @@ def explain_command(clip_or_file: str, out: Path) -> None:
         table.add_row(*(_literal(cell) for cell in cells), style=style)
     console = Console()
     Console(width=console.width if console.is_terminal else 200).print(table)
+    for trace in dict.fromkeys(row.traceback for row in rows if row.traceback):
+        click.echo(f"\n{trace.rstrip()}")
 
 
 def _literal(text: str) -> str:
@@ -187,13 +209,37 @@ def report_command(out: Path, clips: int) -> None:
 
 
 @curate.command("export")
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The curated folder.")
-def export_command(folder: Path, out: Path) -> None:
-    """Write the kept clips as plain files into FOLDER: ID.mp4, ID.json, and an episode's arrays as they are."""
-    from worldloom.shards import open_dataset
-    from worldloom_curation.export import export
+@click.argument("dataset", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write; run again to go on.")
+@click.option("--format", "form", default="plain", show_default=True, help="One of those listed below.")
+@click.option("--camera", default="", help="lerobot: only clips of this camera.")
+@click.option("--caption-model", default="worldloom", show_default=True, help="cosmos-*: captions are NAME_caption.")
+@click.option("--clips-per-tar", default=256, show_default=True, type=click.IntRange(min=1), help="Clips in one tar.")
+@click.option("--tar-mb", default=1024, show_default=True, type=click.IntRange(min=1), help="MiB in one tar.")
+def export_command(
+    dataset: Path, out: Path, form: str, camera: str, caption_model: str, clips_per_tar: int, tar_mb: int
+) -> None:
+    """Write the clips of DATASET in another program's format.
 
-    dataset = open_dataset(out)
-    export(dataset, folder)
-    click.echo(f"{len(dataset)} clips in {folder}")
+    \b
+    plain              ID.mp4, ID.json, and an episode's arrays as they are
+    webdataset         a dataset of ours for each bin of resolution, aspect and duration
+    lerobot            a LeRobot v3.0 dataset
+    cosmos-curate      cosmos-curate's clips/ and metas/v0/
+    cosmos-shards      cosmos-curate's v0/resolution_*/aspect_ratio_*/duration_*/ tars
+    cosmos3            videos/ and cosmos3_sft.jsonl, which Cosmos 3 trains on
+    cosmos-predict2.5  videos/ID.mp4 and metas/ID.txt
+    """
+    from worldloom.shards import open_dataset
+    from worldloom_curation.export import ExportOptions, export
+
+    options = ExportOptions(camera, caption_model, clips_per_tar, tar_mb)
+    with _Display() as display:
+        opened = open_dataset(dataset)
+        counts = export(opened, out, form, options, lambda done, total, last: display("export", done, total, last))
+    for name, count in counts.items():
+        if isinstance(count, dict):
+            click.echo("\n".join(f"  {count[key]:>6} {key}" for key in count))
+        elif count and name != "clips":
+            click.echo(f"{name}: {', '.join(count) if isinstance(count, list) else count}")
+    click.echo(f"{counts['clips']} of {len(opened)} clips in {out}")

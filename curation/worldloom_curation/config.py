@@ -6,16 +6,23 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from worldloom import config as configs
 from worldloom import registry
 from worldloom.errors import WorldloomError
+from worldloom_curation.episodes import EpisodeConfig
 from worldloom_curation.stage import Stage
 from worldloom_curation.stages.caption import CaptionConfig
 from worldloom_curation.stages.duplicates import DuplicatesConfig
+from worldloom_curation.stages.idle import IdleConfig
+from worldloom_curation.stages.jerk import JerkConfig
 from worldloom_curation.stages.motion import MotionConfig
+from worldloom_curation.stages.outliers import OutliersConfig
 from worldloom_curation.stages.probe import ProbeConfig
 from worldloom_curation.stages.split import SplitConfig
+from worldloom_curation.stages.success import SuccessConfig
+from worldloom_curation.stages.sync import SyncConfig
 from worldloom_curation.stages.write import WriteConfig
 
 
@@ -25,8 +32,12 @@ class CurateConfig:
 
     stages: tuple[str, ...] = ("split", "motion", "duplicates", "caption")
     """The stages between probe and write, in order; each has a table of its name."""
+    executor: Literal["local", "ray"] = "local"
+    """Where sources are decoded and encoded: on this machine, or on Ray. The result does not depend on it."""
     workers: int = 1
     """Processes that decode and encode. The result does not depend on it."""
+    sources: EpisodeConfig = field(default_factory=EpisodeConfig)
+    """Which cameras of robot datasets are taken, and which URLs may be read."""
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     """Which sources are taken."""
     split: SplitConfig = field(default_factory=SplitConfig)
@@ -35,6 +46,16 @@ class CurateConfig:
     """How much must move."""
     duplicates: DuplicatesConfig = field(default_factory=DuplicatesConfig)
     """Exact duplicates."""
+    idle: IdleConfig = field(default_factory=IdleConfig)
+    """Robot episodes: where nothing is done."""
+    sync: SyncConfig = field(default_factory=SyncConfig)
+    """Robot episodes: actions and pictures of one moment."""
+    outliers: OutliersConfig = field(default_factory=OutliersConfig)
+    """Robot episodes: actions far from all the others."""
+    jerk: JerkConfig = field(default_factory=JerkConfig)
+    """Robot episodes: jerky actions."""
+    success: SuccessConfig = field(default_factory=SuccessConfig)
+    """Robot episodes: success flags."""
     caption: CaptionConfig = field(default_factory=CaptionConfig)
     """Captions of recorded episodes."""
     write: WriteConfig = field(default_factory=WriteConfig)

@@ -26,6 +26,8 @@ _TYPES = {
     "threshold": "float64",
     "reason": "string",
     "failed": "bool",
+    "like": "string",
+    "traceback": "string",
 }
 
 

@@ -23,8 +23,11 @@ from worldloom.schema import Clip, Decision, ShardRef
 from worldloom.shards import ShardSample, ShardWriter, commit_dataset
 from worldloom_curation.cache import Cache, key_of
 from worldloom_curation.config import CurateConfig
-from worldloom_curation.executor import run_all
+from worldloom_curation.executor import executor
 from worldloom_curation.ledger import NAME, accounts, save_ledger
+from worldloom_curation.quarantine import Failure, decide
+from worldloom_curation.remote import is_url
+from worldloom_curation.robot import Statistics, describe, statistics_table
 from worldloom_curation.scan import Plan, Scan, clip_key, encode_source, plan, prepare, scan_source, signals_key
 from worldloom_curation.sources import discover, load_episode
 from worldloom_curation.stage import Source, Span, Stage, Verdict
@@ -32,6 +35,9 @@ from worldloom_curation.stages import probe, write
 
 if TYPE_CHECKING:
     import numpy as np
+
+HOW = ("executor", "workers")
+"""Settings that say how a run is done and not what it makes."""
 
 Progress = Callable[[str, int, int, str], None]
 """Called with (what is done, how many are finished, of how many, the last one's name)."""
@@ -67,6 +73,14 @@ class Run:
     work: dict[str, Work] = field(default_factory=dict[str, Work])
     rows: dict[tuple[str, int], list[Decision]] = field(default_factory=dict[tuple[str, int], "list[Decision]"])
     """Ledger rows by (source, position of the stage)."""
+    source_sizes: dict[str, tuple[int, int]] = field(default_factory=dict[str, "tuple[int, int]"])
+    """``(h, w)`` of each source, by name."""
+    broken: dict[str, dict[str, Failure]] = field(default_factory=dict[str, "dict[str, Failure]"])
+    """Stage -> source key -> why the stage's observer has collected nothing there."""
+    statistics: dict[str, tuple[Sequence[str], Statistics]] = field(
+        default_factory=dict[str, "tuple[Sequence[str], Statistics]"]
+    )
+    """Of the written clips' arrays of numbers: names of their components, and statistics."""
 
     def note(self, position: int, stage: str, verdict: Verdict, failed: bool = False) -> None:
         """Add a ledger row."""
@@ -83,7 +97,9 @@ class Run:
                 value=verdict.value,
                 threshold=verdict.threshold,
                 reason=verdict.reason,
-                failed=failed,
+                failed=failed or verdict.failed,
+                like=verdict.like,
+                traceback=verdict.traceback,
             )
         )
 
@@ -106,7 +122,7 @@ def run(
     """Curate `src` into the dataset folder `out`, or bring that folder up to date.
 
     Args:
-        src: a folder, a video file, or a dataset folder made by the recorder.
+        src: a folder, a video file, a dataset made by the recorder or by LeRobot, or a URL (see `remote`).
         out: gets ``shards/``, ``dataset.json``, ``ledger.parquet``, ``config.toml`` and, last, ``summary.json``.
         config: None for the defaults.
         progress: told what is going on.
@@ -121,9 +137,9 @@ def run(
     """
     config = config or CurateConfig()
     out = Path(out)
-    if Path(src).resolve() == out.resolve():
+    if not is_url(str(src)) and Path(src).resolve() == out.resolve():
         raise WorldloomError("the output folder is the source folder", got=out, do="give another --out")
-    sources, inputs = discover(src, out)
+    sources, inputs = discover(src, out, config.sources)
     cache = Cache(out / ".cache")
     job = plan(config, cache)
     config, stages = prepare(job.config)
@@ -134,8 +150,11 @@ def run(
         spans = _probe_verdicts(this, sources, scans)
         for position, stage in enumerate(stages, start=1):
             spans = _decide(this, position, stage, spans)
+        this.source_sizes = {
+            source.name: (scan.header.height, scan.header.width) for source, scan in zip(sources, scans, strict=True)
+        }
         sizes = {
-            source.name: write.stored_size(scan.header.height, scan.header.width, source.recorded, config.write)
+            source.name: write.stored_size(scan.header.height, scan.header.width, source.exact, config.write)
             for source, scan in zip(sources, scans, strict=True)
             if scan.frames
         }
@@ -149,14 +168,19 @@ def _scan(this: Run, sources: Sequence[Source]) -> list[Scan]:
     """Probe and measure every source that can be opened; equal content is looked at once."""
     todo = list({source.key: source for source in sources if not source.error}.values())
     jobs = [(source, this.job) for source in todo]
-    done = run_all(
-        scan_source, jobs, this.config.workers, lambda n, i: this.progress("scan", n, len(todo), todo[i].name)
+    done = executor(this.config.executor, this.config.workers)(
+        scan_source,
+        jobs,
+        lambda n, i: this.progress("scan", n, len(todo), todo[i].name),
+        lambda _: Scan(probe.Header(error="the process that decoded it died, of the file or for want of memory")),
     )
     by_key = {source.key: scan for source, scan in zip(todo, done, strict=True)}
-    for scan in done:
+    for number, scan in enumerate(done):
         this.work.setdefault("probe", Work()).add(not scan.probed)
         if scan.frames or scan.error:
             this.work.setdefault("scan", Work()).add(not scan.measured)
+        for stage, why in scan.broken.items():
+            this.broken.setdefault(stage, {})[todo[number].key] = why
     return [Scan(probe.Header(error=source.error)) if source.error else by_key[source.key] for source in sources]
 
 
@@ -168,11 +192,12 @@ def _probe_verdicts(this: Run, sources: Sequence[Source], scans: Sequence[Scan])
         whole = Span(source, 0, scan.frames or header.frames, header.fps)
         small = probe.too_small(header, this.config.probe)
         if header.error:
-            this.note(0, "probe", Verdict(whole, False, reason=header.error), failed=True)
+            this.note(0, "probe", Verdict(whole, False, reason=header.error, traceback=scan.traceback), failed=True)
         elif small:
             this.note(0, "probe", Verdict(whole, False, **small))
         elif not scan.frames or "over the limit" in scan.error:
-            this.note(0, "probe", Verdict(whole, False, reason=scan.error or "no frame decodes"), failed=True)
+            reason = scan.error or "no frame decodes"
+            this.note(0, "probe", Verdict(whole, False, reason=reason, traceback=scan.traceback), failed=True)
         else:
             about = f"{header.codec} {header.width}x{header.height}, {header.fps:.4g} fps, {scan.frames} frames"
             if header.frames > scan.frames:
@@ -181,9 +206,8 @@ def _probe_verdicts(this: Run, sources: Sequence[Source], scans: Sequence[Scan])
             this.note(0, "probe", Verdict(whole, True, "short side", side, float(this.config.probe.min_side), about))
             if scan.error:
                 broken = replace(whole, start=scan.frames, end=scan.frames)
-                this.note(
-                    0, "probe", Verdict(broken, False, reason=f"decoding stopped here: {scan.error}"), failed=True
-                )
+                reason = f"decoding stopped here: {scan.error}"
+                this.note(0, "probe", Verdict(broken, False, reason=reason, traceback=scan.traceback), failed=True)
             spans.append(whole)
     return spans
 
@@ -201,13 +225,19 @@ def _decide(this: Run, position: int, stage: Stage, spans: Sequence[Span]) -> li
     for number, batch in enumerate(batches, start=1):
         described = [[span.source.name, span.source.key, *_describe(span)] for span in batch]
         key = key_of(
-            "verdicts", stage.name, stage.version, asdict(stage.config), described, signals_key(stage, batch[0].source)
+            "verdicts 2",
+            stage.name,
+            stage.version,
+            asdict(stage.config),
+            described,
+            signals_key(stage, batch[0].source),
         )
         sources = {span.source.name: span.source for span in batch}
         known = this.cache.load("verdicts", key)
         if known is None:
-            verdicts = stage.decide(batch, _Signals(this.cache, stage, batch))
-            this.cache.save("verdicts", key, [_pack(verdict) for verdict in verdicts])
+            verdicts = decide(stage, batch, _Signals(this.cache, stage, batch), this.broken.get(stage.name, {}))
+            if not any(verdict.failed for verdict in verdicts):
+                this.cache.save("verdicts", key, [_pack(verdict) for verdict in verdicts])
         else:
             verdicts = [_unpack(row, sources) for row in known]
         work.add(known is not None, len(batch))
@@ -249,7 +279,7 @@ def _pack(verdict: Verdict) -> list[Any]:
     return [
         verdict.span.source.name,
         _describe(verdict.span),
-        [verdict.kept, verdict.measure, verdict.value, verdict.threshold, verdict.reason],
+        [verdict.kept, verdict.measure, verdict.value, verdict.threshold, verdict.reason, verdict.like],
     ]
 
 
@@ -260,13 +290,13 @@ def _unpack(row: list[Any], sources: Mapping[str, Source]) -> Verdict:
 
 def _copied(span: Span, frames: int) -> bool:
     """Whether the clip is a recorded episode as it is."""
-    return span.source.recorded and (span.start, span.end, span.step) == (0, frames, 1)
+    return span.source.exact and (span.start, span.end, span.step) == (0, frames, 1)
 
 
 def _encode(
     this: Run, spans: Sequence[Span], sizes: Mapping[str, tuple[int, int]], frames: Mapping[str, int]
-) -> dict[str, str]:
-    """Encode the clips that are not cached, source by source; returns source key -> why its encoding stopped."""
+) -> dict[tuple[str, int, int], Failure]:
+    """Encode the clips that are not cached, source by source; returns why, by source key and span, for what failed."""
     jobs: dict[str, tuple[Source, list[Span], tuple[int, int], Plan]] = {}
     asked: set[str] = set()
     work = this.work.setdefault("write", Work())
@@ -284,10 +314,14 @@ def _encode(
         if not found:
             jobs.setdefault(span.source.key, (span.source, [], size, this.job))[1].append(span)
     todo = list(jobs.values())
-    errors = run_all(
-        encode_source, todo, this.config.workers, lambda n, i: this.progress("write", n, len(todo), todo[i][0].name)
+    died = Failure("the process that encoded it died, of the file or for want of memory")
+    errors = executor(this.config.executor, this.config.workers)(
+        encode_source,
+        todo,
+        lambda n, i: this.progress("write", n, len(todo), todo[i][0].name),
+        lambda i: {(span.start, span.end): died for span in todo[i][1]},
     )
-    return {key: error for key, error in zip(jobs, errors, strict=True) if error}
+    return {(key, *span): why for key, failed in zip(jobs, errors, strict=True) for span, why in failed.items()}
 
 
 def _pack_shards(
@@ -295,7 +329,7 @@ def _pack_shards(
     spans: Sequence[Span],
     sizes: Mapping[str, tuple[int, int]],
     frames: Mapping[str, int],
-    failures: Mapping[str, str],
+    failures: Mapping[tuple[str, int, int], Failure],
 ) -> list[ShardRef]:
     """Write the clips, in order, into shards beside the old ones, and the last rows of the ledger."""
     position, staging = len(this.stages) + 1, this.out / ".cache" / "next"
@@ -311,14 +345,15 @@ def _pack_shards(
                 reason = f"clip {span.id} is already written, from {written[span.id]}"
                 this.note(position, "write", Verdict(span, False, "earlier copies", 1.0, 1.0, reason))
                 continue
-            if span.source.recorded and episode[0] != name:
+            if span.source.exact and episode[0] != name:
                 episode = (name, load_episode(span.source))
-            recorded = episode[1] if span.source.recorded else None
+            recorded = episode[1] if span.source.exact else None
             try:
                 sample = _sample(this, span, sizes[name], frames[name], recorded)
             except FileNotFoundError:
-                error = failures.get(span.source.key, "the clip was not encoded")
-                this.note(position, "write", Verdict(span, False, reason=error), failed=True)
+                why = failures.get((span.source.key, span.start, span.end), Failure("the clip was not encoded"))
+                verdict = Verdict(span, False, reason=why.reason, traceback=why.traceback)
+                this.note(position, "write", verdict, failed=True)
                 continue
             except WorldloomError as error:
                 this.note(position, "write", Verdict(span, False, reason=probe.sentence(error)), failed=True)
@@ -333,6 +368,7 @@ def _pack_shards(
                 )
             writer.write(sample)
             written[span.id] = name
+            describe(this.statistics, sample.arrays, span.source.facts)
             clip = sample.clip
             this.note(
                 position, "write", Verdict(span, True, reason=f"{span.frames} frames, {clip.width}x{clip.height}")
@@ -347,9 +383,11 @@ def _sample(this: Run, span: Span, size: tuple[int, int], frames: int, episode: 
         video = episode.video
     else:
         video = this.cache.path("clips", clip_key(span, size, this.config.write), ".mp4").read_bytes()
-    arrays = write.cut_arrays(episode.arrays, span, frames) if episode is not None else {}
+    arrays = write.cut_arrays(span.source.arrays if episode is None else episode.arrays, span, frames)
     facts = {name: value for name, value in span.source.facts.items() if name != "caption"}
     start, end = span.source.original(span.start, span.end)
+    if not span.source.exact:
+        facts["source_size"] = list(this.source_sizes[span.source.name])
     clip = Clip(
         id=span.id,
         source=span.source.name,
@@ -391,9 +429,15 @@ def _commit(
             got=f"{len(sources)} sources: " + _tally(summary),
             do=f"worldloom curate explain FILE --out {out} says why",
         )
-    settings = {key: value for key, value in configs.to_dict(this.config).items() if key != "workers"}
+    settings = {key: value for key, value in configs.to_dict(this.config).items() if key not in HOW}
+    place = str(src) if is_url(str(src)) else str(Path(src).absolute())
     index = commit_dataset(
-        out, shards, inputs=inputs, config=settings, metadata={"source": str(Path(src).absolute())}, store=store
+        out,
+        shards,
+        inputs=inputs,
+        config=settings,
+        metadata={"source": place, **statistics_table(this.statistics)},
+        store=store,
     )
     summary = {"dataset": index.id, **summary}
     atomic_write(out / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -412,6 +456,7 @@ def _summary(this: Run, src: str | Path, rows: Sequence[Decision]) -> dict[str, 
             stage: sum(row.stage == stage and not row.kept and not row.failed for row in rows) for stage in stages
         },
         "failed": sum(row.failed for row in rows),
+        "quarantined": sum(bool(row.traceback) for row in rows),
         "frames": {
             what: sum(getattr(account, what) for account in every.values())
             for what in ("frames", "kept", "dropped", "failed")

@@ -5,17 +5,21 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from worldloom import config as configs
-from worldloom.errors import WorldloomError
+from worldloom.errors import MissingPackage, WorldloomError
 from worldloom_curation.cache import Cache, key_of
 from worldloom_curation.config import CurateConfig, build_stages, config_class
+from worldloom_curation.quarantine import Failure, failure
 from worldloom_curation.sources import load_episode
 from worldloom_curation.stage import Observer, Source, Span, Stage
 from worldloom_curation.stages import probe, write
+
+if TYPE_CHECKING:
+    import numpy as np
 
 VERSION = 1
 
@@ -41,8 +45,12 @@ class Scan:
     """Why decoding stopped early."""
     probed: bool = False
     """True if the header was read now, false if its result was cached."""
+    traceback: str = ""
+    """Where `error` came from, if no one expected it."""
     measured: tuple[str, ...] = ()
     """Stages whose observers watched now; empty if everything was cached."""
+    broken: Mapping[str, Failure] = field(default_factory=dict[str, Failure])
+    """Stages whose observers raised, and what; they are asked again in the next run."""
 
 
 def plan(config: CurateConfig, cache: Cache) -> Plan:
@@ -72,7 +80,7 @@ def signals_key(stage: Stage, source: Source) -> str:
 
 def clip_key(span: Span, size: tuple[int, int], config: write.WriteConfig) -> str:
     """The key of an encoded clip."""
-    crf = None if span.source.recorded else config.crf
+    crf = None if span.source.exact else config.crf
     return key_of(
         "clip", write.VERSION, span.source.key, span.start, span.end, span.step, span.fps, size, crf, decoder()
     )
@@ -90,11 +98,18 @@ def scan_source(source: Source, job: Plan) -> Scan:
     header: probe.Header
     known = cache.load("probe", probe_key)
     if known is None:
-        video = _video(source)
-        header = probe.probe(video, config.probe)
+        try:
+            video = _video(source)
+            header = probe.probe(video, config.probe)
+        except MissingPackage:
+            raise
+        except Exception as error:
+            why = failure(error, source, expected=isinstance(error, WorldloomError))
+            return Scan(probe.Header(error=why.reason), traceback=why.traceback, probed=True)
         cache.save("probe", probe_key, asdict(header))
     else:
         header = probe.Header(**known)
+    header = _as_declared(header, source)
     result = Scan(header, probed=known is None)
     if header.error or probe.too_small(header, config.probe):
         return result
@@ -102,21 +117,60 @@ def scan_source(source: Source, job: Plan) -> Scan:
     count: dict[str, Any] | None = cache.load("scan", scan_key)
     observers = _observers(source, header, stages, cache)
     if count is None or observers:
-        frames, error = 0, ""
+        watch = _Watch(source, observers)
+        frames, why = 0, Failure("")
         try:
-            for frame in media.iter_frames(video or _video(source), limits=limits):
-                for observer in observers.values():
-                    observer.add(frame)
+            first, last = source.window or (0, None)
+            for frame in media.iter_frames(video or _video(source), first, last, limits=limits):
+                watch.add(frame)
                 frames += 1
-        except (WorldloomError, OSError) as problem:
-            error = probe.sentence(problem, source.path, "the file")
+        except MissingPackage:
+            raise
+        except Exception as problem:
+            why = failure(problem, source, expected=isinstance(problem, WorldloomError | OSError))
         for stage in stages:
-            if stage.name in observers:
-                cache.save_signals(stage.name, signals_key(stage, source), observers[stage.name].result())
-        count = {"frames": frames, "error": error}
-        cache.save("scan", scan_key, count)
-        result = replace(result, measured=("count", *observers))
-    return replace(result, frames=count["frames"], error=count["error"])
+            if (signals := watch.result(stage.name)) is not None:
+                cache.save_signals(stage.name, signals_key(stage, source), signals)
+        count = {"frames": frames, "error": why.reason, "traceback": why.traceback}
+        if not why.traceback:
+            cache.save("scan", scan_key, count)
+        result = replace(result, measured=("count", *observers), broken=watch.broken)
+    return replace(result, frames=count["frames"], error=count["error"], traceback=count.get("traceback", ""))
+
+
+class _Watch:
+    """The observers of one decoding; one that raises is out, and the others go on."""
+
+    def __init__(self, source: Source, observers: Mapping[str, Observer]) -> None:
+        self._source, self._observers = source, dict(observers)
+        self.broken: dict[str, Failure] = {}
+
+    def add(self, frame: np.ndarray) -> None:
+        """Show every observer the next frame."""
+        raised: dict[str, Exception] = {}
+        for name, observer in self._observers.items():
+            try:
+                observer.add(frame)
+            except Exception as error:
+                raised[name] = error
+        for name, error in raised.items():
+            self._quarantine(name, error)
+
+    def result(self, name: str) -> dict[str, np.ndarray] | None:
+        """What an observer has collected; None if it raised, or if there is none."""
+        if name not in self._observers:
+            return None
+        try:
+            return self._observers[name].result()
+        except Exception as error:
+            self._quarantine(name, error)
+            return None
+
+    def _quarantine(self, name: str, error: Exception) -> None:
+        if isinstance(error, MissingPackage):
+            raise error
+        del self._observers[name]
+        self.broken[name] = failure(error, self._source)
 
 
 def _observers(source: Source, header: probe.Header, stages: Sequence[Stage], cache: Cache) -> dict[str, Observer]:
@@ -129,25 +183,51 @@ def _observers(source: Source, header: probe.Header, stages: Sequence[Stage], ca
     return observers
 
 
-def encode_source(source: Source, spans: Sequence[Span], size: tuple[int, int], job: Plan) -> str:
-    """Encode spans of a source into the cache in one pass; the error sentence if it stops before the last, else ""."""
+def encode_source(
+    source: Source, spans: Sequence[Span], size: tuple[int, int], job: Plan
+) -> dict[tuple[int, int], Failure]:
+    """Encode spans of a source into the cache in one pass; returns those that failed, by (start, end), and why.
+
+    After an unexpected exception the spans that follow are encoded in another pass. What is wrong with the file would
+    be wrong again: it costs all that follow.
+    """
     config, _ = prepare(job.config)
     cache = Cache(job.cache)
+
+    saved = 0
 
     def save(span: Span, encoded: bytes) -> None:
         from worldloom.artifacts import atomic_write
 
+        nonlocal saved
         atomic_write(cache.path("clips", clip_key(span, size, config.write), ".mp4"), encoded)
+        saved += 1
 
-    try:
-        write.encode_spans(_video(source), spans, size, config.write, save, config.probe.limits())
-    except WorldloomError as error:
-        return probe.sentence(error, source.path, "the file")
-    return ""
+    failed: dict[tuple[int, int], Failure] = {}
+    todo = list(spans)
+    while todo:
+        saved = 0
+        try:
+            write.encode_spans(_video(source), todo, size, config.write, save, config.probe.limits())
+            return failed
+        except MissingPackage:
+            raise
+        except Exception as error:
+            expected = isinstance(error, WorldloomError | OSError)
+            why = failure(error, source, expected=expected)
+            lost, todo = (todo[saved:], []) if expected else (todo[saved : saved + 1], todo[saved + 1 :])
+            failed.update({(span.start, span.end): why for span in lost})
+    return failed
+
+
+def _as_declared(header: probe.Header, source: Source) -> probe.Header:
+    """A file's header as that of the episode it holds: its rate and length where the dataset says them."""
+    frames = source.window[1] - source.window[0] if source.window else header.frames
+    return replace(header, fps=source.rate or header.fps, frames=frames)
 
 
 def _video(source: Source) -> str | bytes:
-    if not source.recorded:
+    if not source.exact:
         return source.path
     video = load_episode(source).video
     assert video is not None, "open_dataset checked that the dataset holds clips"

@@ -28,15 +28,15 @@ class Source:
     """One video: a file, or an episode of a recorded dataset."""
 
     name: str
-    """Path relative to the curated folder, with ``/``; an episode adds ``#<its clip id>``."""
+    """Path relative to the curated folder, with ``/``; an episode adds ``#`` and its clip id or number (and camera)."""
     path: str
-    """The file; for an episode, the dataset folder."""
+    """The file; for an episode of one of our own datasets, the dataset folder."""
     digest: str
     """sha256 (hex) of the video's bytes; half of every clip id."""
     key: str
     """sha256 (hex) of everything a result can depend on: the video, and an episode's arrays and facts."""
     index: int | None = None
-    """Position of the episode in its dataset; None for a file."""
+    """Number of the episode in its dataset; None for a file."""
     cut_from: tuple[int, int, int] | None = None
     """(start, end, step) in the original source of an episode that was itself cut from something."""
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any], compare=False)
@@ -45,10 +45,18 @@ class Source:
     """An episode's actions ``(T-1, a)``."""
     error: str = ""
     """Why it cannot even be opened; empty as a rule."""
+    window: tuple[int, int] | None = None
+    """The frames ``[first, last)`` of the file that are this episode; None for all of them."""
+    rate: float = 0.0
+    """Frames per second, where the dataset says so; 0 leaves it to the file."""
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict["str", "np.ndarray"], compare=False)
+    """The arrays of an episode that was not recorded by us, as a shard sample has them; ``actions`` is among them."""
+    exact: bool = False
+    """True for an episode of one of our own datasets: its pixels are without loss, and its bytes may be copied."""
 
     @property
     def recorded(self) -> bool:
-        """True for an episode: it has actions, and its pixels are exact."""
+        """True for an episode, which has arrays beside its video."""
         return self.index is not None
 
     def original(self, start: int, end: int) -> tuple[int, int]:
@@ -98,6 +106,12 @@ class Verdict:
     threshold: float | None = None
     reason: str = ""
     """One sentence for a person."""
+    like: str = ""
+    """Id of the clip that this one repeats or resembles, where the stage compares spans."""
+    failed: bool = False
+    """True where the stage could not judge the span; then it is not kept, and it is judged again in the next run."""
+    traceback: str = ""
+    """Set for a stage that raised."""
 
 
 class Observer(Protocol):

@@ -18,6 +18,10 @@ class WorldloomError(Exception):
         super().__init__(f"{text}\n  do:  {do}" if do else text)
 
 
-def missing_extra(package: str, extra: str) -> WorldloomError:
+class MissingPackage(WorldloomError):
+    """An optional package is not installed: no single input is to blame, so nothing goes on without it."""
+
+
+def missing_extra(package: str, extra: str) -> MissingPackage:
     """The error for an optional package that is not installed."""
-    return WorldloomError(f"{package} is not installed", do=f"pip install 'worldloom[{extra}]'")
+    return MissingPackage(f"{package} is not installed", do=f"pip install 'worldloom[{extra}]'")

@@ -82,6 +82,10 @@ class Decision:
     """One sentence for a person."""
     failed: bool = False
     """True if the span could not be processed at all (then `kept` is False and `reason` is the error)."""
+    like: str = ""
+    """Id of the clip that this one repeats or resembles, where a stage compared them."""
+    traceback: str = ""
+    """Where an exception came from that no one expected; empty for what is merely wrong with the file."""
 
 
 @dataclass(frozen=True)

@@ -71,5 +71,5 @@ class DuplicatesStage:
                 reason = f"the file is a copy of {other.source.name}"
             else:
                 reason = f"the same frames as {other.source.name} [{other.start}, {other.end}), clip {other.id}"
-            verdicts.append(Verdict(span, not self.config.drop, "earlier copies", 1.0, 1.0, reason))
+            verdicts.append(Verdict(span, not self.config.drop, "earlier copies", 1.0, 1.0, reason, other.id))
         return verdicts
