@@ -68,7 +68,7 @@ class ObjectiveConfig:
     """Sampler steps of each of them; ``distill`` takes ``steps``."""
     steps: int = 2
     """``distill``: sampler steps that remain. ``shortcut``: the largest number of steps, a power of two."""
-    teacher_substeps: int = 8
+    teacher_substeps: int = 4
     """``distill``: teacher's steps for one of the model's."""
     teacher_guidance: float = 1.0
     """``distill``: the teacher's guidance on actions and text; the model then needs none."""
