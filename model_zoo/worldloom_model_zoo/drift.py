@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 INSIDE = 0.95
 """Share of frames in range from which on a statistic counts as inside; real frames have 0.99."""
+ALIKE = 0.3
+"""Variety below which worlds are said to have become one; two halves of real clips have about 1."""
 STRETCHES = 5
 CURVE = 100
 """Points of a curve, at most."""
@@ -95,6 +97,11 @@ class DriftResult:
     def stable(self) -> bool:
         """True if every statistic is inside its range in the last stretch."""
         return all(statistic.stable for statistic in self.statistics.values())
+
+    @property
+    def alike(self) -> bool:
+        """True if the worlds of the last stretch differ by less than `ALIKE` of what real clips do."""
+        return bool(self.variety) and self.variety[-1] < ALIKE
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> DriftResult:

@@ -401,7 +401,8 @@ def _drift_columns(found: DriftResult) -> list[str]:
 
 def _verdict(found: DriftResult) -> str:
     outside = [name for name, statistic in found.statistics.items() if not statistic.stable]
-    return f"outside the range of real frames: {', '.join(outside)}" if outside else "inside the range of real frames"
+    said = f"outside the range of real frames: {', '.join(outside)}" if outside else "inside the range of real frames"
+    return f"{said}; the worlds have become alike" if found.alike else said
 
 
 def _signed(value: float) -> str:

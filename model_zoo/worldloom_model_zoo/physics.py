@@ -1,7 +1,7 @@
 """Physics checks: a random policy in the model and in the true simulator, from one start; where do the objects end up?
 
-The simulator's state is known. A small network (`probes`) is fitted to real frames -> state, half of them seen through
-the model's tokenizer, and then looks at the frames that the model makes. Errors are reported for each number of frames
+The simulator's state is known. A small network is fitted to read it off real frames (`state_readers`), and then looks
+at those that the model makes. Errors are reported for each number of frames
 ahead, beside the reader's own error on the simulator's true frames, which no model can be expected to beat (the floor),
 and the error of claiming that nothing moved since the start, which a model must beat to have any physics.
 
@@ -16,46 +16,20 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from worldloom import media
 from worldloom.errors import WorldloomError
 from worldloom_model_zoo.action_following import through_tokenizer
-from worldloom_model_zoo.probes import ProbeConfig, fit_probe
+from worldloom_model_zoo.probes import ProbeConfig
+from worldloom_model_zoo.state_readers import LEAD, Quantity, StateReader
 
 if TYPE_CHECKING:
     from worldloom.progress import Report
     from worldloom_curation.simulators import Simulator
     from worldloom_model_zoo.predict.pipeline import PredictPipeline
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """Something whose true value a simulator knows."""
-
-    name: str
-    unit: str
-    read: Callable[[Any], Sequence[float]]
-    """The unwrapped environment -> its coordinates, or one angle in radians."""
-    kind: Literal["position", "angle"] = "position"
-    """Errors of positions are Euclidean distances; those of angles are degrees, the short way round."""
-
-    def error(self, found: np.ndarray, truth: np.ndarray) -> np.ndarray:
-        """Errors of states ``(..., k)``: ``(...)``."""
-        if self.kind == "angle":
-            turned = (found - truth + np.pi) % (2 * np.pi) - np.pi
-            return np.degrees(np.abs(turned[..., 0]))
-        return np.sqrt(np.square(found - truth).sum(-1))
-
-    def spread(self, truth: np.ndarray) -> float:
-        """Mean error of always claiming the middle of the states ``(..., k)``."""
-        if self.kind == "angle":
-            middle = np.arctan2(np.sin(truth).mean(), np.cos(truth).mean())
-        else:
-            middle = truth.reshape(-1, truth.shape[-1]).mean(0)
-        return float(self.error(np.broadcast_to(middle, truth.shape), truth).mean())
 
 
 def _vizdoom(*names: str) -> Callable[[Any], list[float]]:
@@ -72,8 +46,10 @@ def _ram(*addresses: int) -> Callable[[Any], list[float]]:
 
 QUANTITIES: dict[str, tuple[Quantity, ...]] = {
     "Vizdoom": (
-        Quantity("player's position", "map units", _vizdoom("POSITION_X", "POSITION_Y")),
-        Quantity("player's heading", "degrees", lambda w: np.radians(_vizdoom("ANGLE")(w)).tolist(), "angle"),
+        Quantity("player's position", "map units", _vizdoom("POSITION_X", "POSITION_Y"), inside=True),
+        Quantity(
+            "player's heading", "degrees", lambda w: np.radians(_vizdoom("ANGLE")(w)).tolist(), "angle", inside=True
+        ),
     ),
     "CartPole": (
         Quantity("cart's position", "units", lambda w: [w.state[0]]),
@@ -222,61 +198,25 @@ def measure_physics(
             progress(step + 1, config.horizon // ratio, "physics: the model")
     made = np.concatenate(parts, axis=1)  # (n, horizon, H, W, 3)
 
-    read, fitted = _reader(pipeline, fits, chosen, config, progress)
-    of_model, of_truth = read(made), read(np.stack([test.frames[given:] for test in tests]))
+    reader = StateReader.fit(pipeline, fits, chosen, config.probe, progress)
+    # The model's frames follow the start as the model sees it, not the sharper one of the simulator.
+    known = np.stack([through_tokenizer(pipeline, test.frames[:given])[-LEAD:] for test in tests])
+    states = [np.stack([test.states[i] for test in tests]) for i in range(len(chosen))]  # (n, T + horizon, k)
+    last = [each[:, given - 1] for each in states]
+    of_model = reader(np.concatenate([known, made], axis=1), last)
+    of_truth = reader(np.stack([test.frames[given - LEAD :] for test in tests]), last)
     errors = {}
     for number, quantity in enumerate(chosen):
-        states = np.stack([test.states[number] for test in tests])  # (n, T + horizon, k)
-        truth, last = states[:, given:], states[:, given - 1 : given]
+        truth = states[number][:, given:]
         errors[quantity.name] = QuantityErrors(
             quantity.unit,
             model=quantity.error(of_model[number], truth).mean(0).tolist(),
             floor=quantity.error(of_truth[number], truth).mean(0).tolist(),
-            still=quantity.error(np.broadcast_to(last, truth.shape), truth).mean(0).tolist(),
+            still=quantity.error(np.broadcast_to(last[number][:, None], truth.shape), truth).mean(0).tolist(),
             spread=quantity.spread(truth),
         )
     shown = tuple((test.frames, np.concatenate([test.frames[:given], made[i]])) for i, test in enumerate(tests[:6]))
-    return PhysicsResult(env_id, errors, len(tests), given, fitted, shown)
-
-
-def _reader(
-    pipeline: PredictPipeline,
-    episodes: Sequence[tuple[np.ndarray, list[np.ndarray]]],
-    quantities: Sequence[Quantity],
-    config: PhysicsConfig,
-    progress: Report | None,
-) -> tuple[Callable[[np.ndarray], list[np.ndarray]], int]:
-    """A map from videos ``(n, t, H, W, 3)`` to states ``(n, t, k)`` of each quantity, and how many frames taught it.
-
-    A probe learns positions as they are and angles as cosine and sine.
-    """
-    frames = [f if number % 2 else through_tokenizer(pipeline, f) for number, (f, _) in enumerate(episodes)]
-    columns = []
-    for number, quantity in enumerate(quantities):
-        states = np.concatenate([s[number][: len(f)] for f, (_, s) in zip(frames, episodes, strict=True)])
-        columns.append(np.concatenate([np.cos(states), np.sin(states)], 1) if quantity.kind == "angle" else states)
-    pictures = np.concatenate(frames)
-
-    def shown(done: int, total: int) -> None:
-        if progress is not None:
-            progress(done, total, "physics: the reader")
-
-    probe = fit_probe(
-        pictures, np.arange(len(pictures))[:, None], np.concatenate(columns, 1), config.probe, device=pipeline.device,
-        progress=shown,
-    )  # fmt: skip
-    edges = np.cumsum([column.shape[1] for column in columns])[:-1]
-
-    def read(videos: np.ndarray) -> list[np.ndarray]:
-        flat = videos.reshape(-1, *videos.shape[2:])
-        found = probe(flat, np.arange(len(flat))[:, None]).reshape(*videos.shape[:2], -1)
-        parts = np.split(found, edges, axis=-1)
-        return [
-            np.arctan2(part[..., 1:], part[..., :1]) if quantity.kind == "angle" else part
-            for quantity, part in zip(quantities, parts, strict=True)
-        ]
-
-    return read, len(pictures)
+    return PhysicsResult(env_id, errors, len(tests), given, reader.frames, shown)
 
 
 # -- in the simulator ------------------------------------------------------------------------------------------------

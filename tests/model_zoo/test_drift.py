@@ -66,6 +66,7 @@ def test_real_videos_do_not_drift() -> None:
     assert result.stretches == [(1, 8), (9, 16), (17, 24), (25, 32), (33, 40)]
     assert set(result.statistics) >= {"brightness", "sharpness", "motion"}
     assert all(0.5 < value < 1.6 for value in result.variety)
+    assert not result.alike
     assert result.shown[0].shape == (41, 32, 32, 3)
 
 
@@ -84,7 +85,9 @@ def test_a_world_that_fades_and_stops_is_caught() -> None:
 
 def test_worlds_that_become_one_have_no_variety() -> None:
     one = tiny_models.moving_square(40, 10)
-    assert max(replayed(np.stack([one, one, one])).variety) == 0
+    result = replayed(np.stack([one, one, one]))
+    assert max(result.variety) == 0
+    assert result.alike
 
 
 def test_a_model_is_stepped_with_recorded_actions_and_the_result_survives_json(tmp_path: Path) -> None:

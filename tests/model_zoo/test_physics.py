@@ -19,11 +19,11 @@ from worldloom_model_zoo.physics import (
     QUANTITIES,
     PhysicsConfig,
     PhysicsResult,
-    Quantity,
     known_quantities,
     measure_physics,
 )
 from worldloom_model_zoo.probes import ProbeConfig
+from worldloom_model_zoo.state_readers import LEAD, Quantity, StateReader, movements, summed
 
 gymnasium = pytest.importorskip("gymnasium")
 
@@ -148,3 +148,48 @@ def test_a_model_of_other_actions_is_refused(tmp_path: Path) -> None:
     other = load_model(tiny_models.world(tmp_path))
     with pytest.raises(WorldloomError, match="does not know these actions"):
         measure_physics(other, "WorldloomPushed-v0", CONFIG, quantities=[WHERE])
+
+
+# -- where the camera moves with the player ---------------------------------------------------------------------------
+
+PLAYER = (
+    Quantity("place", "m", lambda world: [0.0, 0.0], inside=True),
+    Quantity("heading", "degrees", lambda world: [0.0], "angle", inside=True),
+)
+
+
+def test_movements_summed_up_are_the_states_again() -> None:
+    random = np.random.default_rng(0)
+    states = [random.normal(size=(3, 9, 2)).cumsum(1), random.normal(size=(3, 9, 1)).cumsum(1)]
+    changes = np.stack([movements(PLAYER, [each[row] for each in states]) for row in range(3)])
+    assert changes.shape == (3, 8, 3)
+    again = summed(PLAYER, [each[:, 0] for each in states], changes)
+    for quantity, found, truth in zip(PLAYER, again, states, strict=True):
+        assert quantity.error(found, truth[:, 1:]) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_step_ahead_is_one_whatever_the_heading() -> None:
+    turn = np.array([[0.0], [np.pi / 2], [np.pi / 2]])
+    place = np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]])  # ahead, a quarter to the left, ahead
+    assert movements(PLAYER, [place, turn]) == pytest.approx(np.array([[1, 0, np.pi / 2], [1, 0, 0]]), abs=1e-12)
+
+
+def test_movement_is_read_where_the_camera_moves(tmp_path: Path) -> None:
+    """A camera that slides over a texture of its own in each episode: no frame says where it is."""
+    random = np.random.default_rng(0)
+    quantity = Quantity("camera's place", "pixels", lambda world: [0.0, 0.0], inside=True)
+    episodes = []
+    for _ in range(24):
+        texture = np.kron(random.integers(0, 255, (32, 32, 3)), np.ones((4, 4, 1))).astype(np.uint8)
+        steps = np.repeat(random.integers(-2, 3, (10, 2)), 3, axis=0)
+        place = np.concatenate([[[0, 0]], steps.cumsum(0)])
+        frames = np.stack([np.roll(texture, (-y, -x), (0, 1))[:32, :32] for x, y in place])
+        episodes.append((frames, [place.astype(float)]))
+    pipeline = load_model(tiny_models.world(tmp_path))
+    reader = StateReader.fit(pipeline, episodes[:20], [quantity], ProbeConfig(steps=200, batch_size=32, width=12))
+    assert reader.looks is None
+    videos = np.stack([frames[: LEAD + 8] for frames, _ in episodes[20:]])
+    places = np.stack([states[0][: LEAD + 8] for _, states in episodes[20:]])
+    (found,) = reader(videos, [places[:, LEAD - 1]])
+    moved = quantity.error(np.broadcast_to(places[:, LEAD - 1 : LEAD], found.shape), places[:, LEAD:])
+    assert quantity.error(found, places[:, LEAD:]).mean() < 0.6 * moved.mean()
