@@ -72,7 +72,7 @@ def movements(quantities: Sequence[Quantity], states: Sequence[np.ndarray]) -> n
 
 
 def summed(quantities: Sequence[Quantity], start: Sequence[np.ndarray], changes: np.ndarray) -> list[np.ndarray]:
-    """The reverse of `movements`: starts ``(n, k)`` and changes ``(n, t, m)`` -> the state after each, ``(n, t, k)``."""
+    """The reverse of `movements`: starts ``(n, k)``, changes ``(n, t, m)`` -> the state after each, ``(n, t, k)``."""
     edges = np.cumsum([state.shape[-1] for state in start])[:-1]
     parts = np.split(changes, edges, axis=-1)
     turns = [part for quantity, part in zip(quantities, parts, strict=True) if quantity.kind == "angle"]
