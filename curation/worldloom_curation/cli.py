@@ -18,7 +18,7 @@ class _Curate(click.Group):
     """Imports the recorder and the search only when they are asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["run", "record", "explain", "report", "export", "search"]
+        return ["run", "record", "explain", "diff", "report", "export", "search"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name == "record":
@@ -196,6 +196,38 @@ def _literal(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
+
+
+@curate.command("diff")
+@click.argument("run_a", type=click.Path(path_type=Path))
+@click.argument("run_b", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Everything, for a program.")
+def diff_command(run_a: Path, run_b: Path, as_json: bool) -> None:
+    """Which clips met another fate in the curated folder RUN_B than in RUN_A: by which stage, value and threshold."""
+    from worldloom_curation import diff as differ
+    from worldloom_curation.ledger import load_ledger
+
+    before, after = load_ledger(run_a), load_ledger(run_b)
+    if as_json:
+        click.echo(json.dumps(differ.report(before, after), indent=1))
+        return
+    changes = differ.diff(before, after)
+    if not changes:
+        click.echo("every frame met the same fate in both runs")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_lines=False)
+    for name in ("source", "frames", "before", "after", "why"):
+        table.add_column(name, overflow="fold", no_wrap=name != "source" and name != "why")
+    for change in changes:
+        cells = (change.source, f"{change.start}-{change.end}", *change.fate, change.why)
+        table.add_row(*(_literal(cell) for cell in cells))
+    console = Console()
+    Console(width=console.width if console.is_terminal else 200).print(table)
+    for name, count in differ.tally(changes).items():
+        click.echo(f"{name}: {count['changes']} changes, {count['frames']} frames")
 
 
 @curate.command("report")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,60 @@ def accounts(rows: Iterable[Decision]) -> dict[str, Account]:
         elif row.stage == "write":
             account["kept"] += length
     return {source: Account(**account) for source, account in found.items()}
+
+
+def fate_of(row: Decision | None) -> str:
+    """``kept`` (written), ``dropped``, ``failed``, or ``absent`` for None."""
+    if row is None:
+        return "absent"
+    return "failed" if row.failed else "kept" if row.kept else "dropped"
+
+
+def fates(rows: Iterable[Decision]) -> list[Decision]:
+    """The rows that end a span's way: written, dropped or failed. Together they have every frame once."""
+    return [row for row in rows if row.failed or not row.kept or row.stage == "write"]
+
+
+@dataclass(frozen=True)
+class Discrepancy:
+    """Frames ``[start, end)`` of a source that do not end in exactly one place."""
+
+    source: str
+    start: int
+    end: int
+    times: int
+    """How often the ledger has them: 0, lost; 2 and more, counted twice."""
+
+
+def reconcile(rows: Sequence[Decision], frames: Mapping[str, int] | None = None) -> list[Discrepancy]:
+    """Hold kept + dropped + failed spans against the sources, frame by frame; empty if each frame is there once.
+
+    Sums could agree by accident, with one span lost and another counted twice; this finds both.
+
+    Args:
+        frames: source -> frames, counted by someone else; None takes what the probe rows say.
+    """
+    ends: dict[str, list[Decision]] = {row.source: [] for row in rows}
+    known = dict(frames) if frames is not None else dict.fromkeys(ends, 0)
+    for row in rows:
+        if frames is None and row.stage == "probe" and row.start == 0:
+            known[row.source] = row.end
+    for row in fates(rows):
+        ends[row.source].append(row)
+    found: list[Discrepancy] = []
+    for source in dict.fromkeys([*ends, *known]):
+        whole, spans = known.get(source, 0), ends.get(source, [])
+        edges = sorted({0, whole, *(row.start for row in spans), *(row.end for row in spans)})
+        steps: dict[int, int] = {}
+        for row in spans:
+            steps[row.start] = steps.get(row.start, 0) + 1
+            steps[row.end] = steps.get(row.end, 0) - 1
+        times = 0
+        for start, end in itertools.pairwise(edges):
+            times += steps.get(start, 0)
+            if times != (start < whole):
+                found.append(Discrepancy(source, start, end, times))
+    return found
 
 
 def rows_about(rows: Sequence[Decision], what: str) -> list[Decision]:

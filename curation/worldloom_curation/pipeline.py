@@ -24,7 +24,7 @@ from worldloom.shards import ShardSample, ShardWriter, commit_dataset
 from worldloom_curation.cache import Cache, key_of
 from worldloom_curation.config import CurateConfig
 from worldloom_curation.executor import executor
-from worldloom_curation.ledger import NAME, accounts, save_ledger
+from worldloom_curation.ledger import NAME, accounts, reconcile, save_ledger
 from worldloom_curation.quarantine import Failure, decide
 from worldloom_curation.remote import is_url
 from worldloom_curation.robot import Statistics, describe, statistics_table
@@ -456,6 +456,7 @@ def _summary(this: Run, src: str | Path, rows: Sequence[Decision]) -> dict[str, 
             stage: sum(row.stage == stage and not row.kept and not row.failed for row in rows) for stage in stages
         },
         "failed": sum(row.failed for row in rows),
+        "unaccounted": sum(gap.end - gap.start for gap in reconcile(rows)),
         "quarantined": sum(bool(row.traceback) for row in rows),
         "frames": {
             what: sum(getattr(account, what) for account in every.values())

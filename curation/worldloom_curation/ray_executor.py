@@ -73,6 +73,7 @@ class RayExecutor:
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         if self._ray.is_initialized():
             return
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
         address = os.environ.get("RAY_ADDRESS")
         here = {} if address else {"num_cpus": self._workers, "include_dashboard": False}
         self._ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **here)
