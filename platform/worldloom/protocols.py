@@ -184,6 +184,29 @@ class Embeds(Protocol):
 
 
 @runtime_checkable
+class Embedder(Protocol):
+    """Maps pictures, texts or both to unit vectors of one space, by whose products a dataset is searched.
+
+    A model that takes only one of them refuses the other with a `WorldloomError`.
+    """
+
+    name: str
+    """As a user gives it."""
+    fingerprint: str
+    """Changes whenever the vectors would."""
+    takes: Sequence[str]
+    """``frames``, ``texts`` or both."""
+
+    def embed_frames(self, frames: np.ndarray) -> np.ndarray:
+        """uint8 ``(n, h, w, 3)`` -> float32 ``(n, d)``."""
+        ...
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """-> float32 ``(n, d)``."""
+        ...
+
+
+@runtime_checkable
 class Renders(Protocol):
     """Renders a persistent scene from camera poses."""
 

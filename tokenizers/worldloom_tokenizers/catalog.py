@@ -31,6 +31,21 @@ TOKENIZERS = {
     },
 }
 
+EMBEDDERS = {
+    "efficientnet-lite0": {
+        "target": "worldloom_tokenizers.embedders:pictures",
+        "summary": "Pictures by what they show.",
+    },
+    "minilm": {
+        "target": "worldloom_tokenizers.embedders:texts",
+        "summary": "Captions by what they mean.",
+    },
+    "clip": {
+        "target": "worldloom_tokenizers.embedders:Clip",
+        "summary": "Pictures and texts in one space: a CLIP or SigLIP model from a folder.",
+    },
+}
+
 GUARDS = {
     "classifier": {
         "target": "worldloom_tokenizers.prompt_guard:classifier",

@@ -168,7 +168,7 @@ class DinoV2(FrozenEncoder):
         Raises:
             WorldloomError: not such a model, or one that cannot be read.
         """
-        network, pixels = _from_transformers(name_or_path, cls.model_types)
+        network, pixels = transformers_model(name_or_path, cls.model_types)
         return cls(network, chunk, **pixels).to(device)
 
     def _features(self, video: Tensor) -> Tensor:
@@ -215,7 +215,7 @@ class VJepa2(FrozenEncoder):
             WorldloomError: not such a model, or one that cannot be read.
         """
         changes = {} if size is None else {"crop_size": size}
-        network, pixels = _from_transformers(name_or_path, cls.model_types, **changes)
+        network, pixels = transformers_model(name_or_path, cls.model_types, **changes)
         return cls(network, chunk, **pixels).to(device)
 
     def _features(self, video: Tensor) -> Tensor:
@@ -273,8 +273,12 @@ def _config(name_or_path: str | Path, **changes: Any) -> Any:
         raise _unreadable(name_or_path, error) from error
 
 
-def _from_transformers(name_or_path: str | Path, kinds: tuple[str, ...], **changes: Any) -> tuple[Any, dict[str, Any]]:
-    """A model of transformers in float32, and the mean and std of its pixels."""
+def transformers_model(name_or_path: str | Path, kinds: tuple[str, ...], **changes: Any) -> tuple[Any, dict[str, Any]]:
+    """A model of transformers in float32, and the mean and std of its pixels.
+
+    Raises:
+        WorldloomError: a model of another type than `kinds`, or one that cannot be read.
+    """
     config = _config(name_or_path, **changes)
     if config.model_type not in kinds:
         raise _other_kind(name_or_path, config.model_type, kinds)
