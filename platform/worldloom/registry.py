@@ -2,7 +2,8 @@
 
 Groups: commands, stages, tokenizers, families, models, recipes, guards, embedders. A package announces a *catalog* with
 an entry point of the group ``worldloom.<group>``; a catalog is a plain dict ``{name: "module:attr"}`` or ``{name:
-{"target": "module:attr", "summary": "...", ...}}`` in a module that imports nothing heavy. A target is imported only by `load`.
+{"target": "module:attr", "summary": "...", ...}}`` in a module that imports nothing heavy. A target is imported only by
+`load`.
 One broken catalog never hides the others: see `Group.problems`.
 """
 
