@@ -471,3 +471,30 @@ def test_texts_are_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     plain = world.generate_video(video(1), None, 5, text=["a cat"], sampler=replace(sampler, negative_prompt=""))
     assert not torch.allclose(made[0], plain, atol=1e-4)
     assert PredictConfig().text_dim == 0
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_text_is_read_once_for_all_steps_and_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, batched: bool
+) -> None:
+    torch.manual_seed(0)
+    config = replace(tiny(), context_dim=16, text_dim=12, attention="full")
+    model = PredictTransformer(config).double()
+    tiny_models.scatter(model, 1)
+    x, text = torch.randn(2, 16, 2, 4, 4).double(), torch.randn(2, 5, 12).double()
+    level = torch.full((2, 2), 0.5).double()
+    with torch.no_grad():
+        direct = model(x, level, None, text)
+        assert torch.equal(model(x, level, None, model.read_text(text, 2)), direct)
+        reads = []
+        original = PredictTransformer.read_text
+        monkeypatch.setattr(
+            PredictTransformer, "read_text", lambda self, *a, **k: reads.append(1) or original(self, *a, **k)
+        )
+        network = GuidedNetwork(model, SamplerConfig(guidance_scale=2.0, guidance_batched=batched), text)
+        for _ in range(3):
+            made = network(x, [0.5, 0.5])
+    assert len(reads) == (1 if batched else 2)
+    torch.testing.assert_close(made, 2 * direct - model(x, level), rtol=1e-9, atol=1e-9)
+    with pytest.raises(WorldloomError, match="another batch"):
+        model(x[:1], level[:1], None, model.read_text(text, 2))

@@ -63,6 +63,16 @@ class KVCache:
         return torch.where(torch.arange(count, device=device) < sink, torch.arange(count, device=device), held)
 
 
+@dataclass(frozen=True)
+class ReadText:
+    """Text as a network's blocks see it, from `PredictTransformer.read_text`: the same for all steps of a sample."""
+
+    of_blocks: tuple[tuple[Tensor, Tensor], ...]
+    """Keys and values ``(b*v, k, m, e)`` of each block's cross-attention."""
+    rows: int
+    """b*v."""
+
+
 # -- positions and time ----------------------------------------------------------------------------------------------
 
 
@@ -233,13 +243,13 @@ class Block(nn.Module):
         embedding: Tensor,
         shared: Tensor,
         angles: Tensor,
-        text: Tensor | None,
+        text: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
         past: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``(b, t, n, d)`` -> the same, and the rotated keys and the values of these frames ``(b, k, t*n, e)``.
 
-        ``text`` is ``(b*v, m, context_dim)``: each view sees its own.
+        ``text`` has keys and values ``(b*v, k, m, e)``: each view sees its own.
         """
         frames_tokens = x.shape[1:3]
 
@@ -255,8 +265,8 @@ class Block(nn.Module):
         if self.cross_attn is not None and text is not None:
             shift, scale, gate = self.modulate_cross(embedding, shared)
             hidden = (self.norm(x) * (1 + scale) + shift).flatten(1, 2)
-            hidden = hidden.reshape(len(text), -1, hidden.shape[-1])  # (b, v*t'*n, d) -> (b*v, t'*n, d)
-            out = self.cross_attn.attend(self.cross_attn.queries(hidden), *self.cross_attn.keys_values(text))
+            hidden = hidden.reshape(len(text[0]), -1, hidden.shape[-1])  # (b, v*t'*n, d) -> (b*v, t'*n, d)
+            out = self.cross_attn.attend(self.cross_attn.queries(hidden), *text)
             x = x + gate * out.reshape(x.shape)
 
         shift, scale, gate = self.modulate_mlp(embedding, shared)
@@ -355,7 +365,7 @@ class PredictTransformer(nn.Module):
         x: Tensor,
         timestep: Tensor,
         actions: Tensor | None = None,
-        text: Tensor | None = None,
+        text: Tensor | ReadText | None = None,
         *,
         condition_mask: Tensor | None = None,
         padding_mask: Tensor | None = None,
@@ -378,7 +388,7 @@ class PredictTransformer(nn.Module):
             actions: at video rate. Without earlier frames ``(b, r*(t-1), a)``: the first frame has none. After cached
                 frames ``(b, r*t, a)``. In chunks ``(b, action_chunk, a)``. None is the null action: no contribution.
             text: ``(b, m, text_dim or context_dim)``; None is the null text, one token of zeros. With several views
-                ``(b, v*m, ...)``, one text after another.
+                ``(b, v*m, ...)``, one text after another. Or what `read_text` made of it.
             condition_mask: ``(b, 1, t, h, w)``, 1 at conditioning frames; for configurations that have it.
             padding_mask: ``(b, 1, h, w)`` or of the video's pixels, 1 at padded ones; for configurations that have it.
             action_mask: ``(b,)`` boolean, False where a sample gets the null action (dropout, guidance).
@@ -431,14 +441,7 @@ class PredictTransformer(nn.Module):
         else:
             embedding = self.time_norm(embedding)
 
-        if config.context_dim:
-            if text is None:
-                text = x.new_zeros(b, count, config.context_dim)
-            elif self.text_proj is not None:
-                text = F.gelu(self.text_proj(text))
-            if text_mask is not None:  # zeros, of whatever number, are what one token of zeros is
-                text = text * text_mask.view(b, 1, 1).to(text.dtype)
-            text = text.reshape(b * count, -1, config.context_dim)
+        context = text if isinstance(text, ReadText) else self.read_text(text, b, text_mask, views=count)
 
         angles = rotary_angles(config, t // count, rows, columns, offset, x, fps).repeat(count, 1)
         positions = self.positions(t, rows, columns, offset).to(x.dtype) if self.positions is not None else None
@@ -451,7 +454,8 @@ class PredictTransformer(nn.Module):
             past = (cache.keys[index], cache.values[index]) if cache is not None and cache.keys else None
             if positions is not None:
                 tokens = tokens + positions
-            tokens, new_keys, new_values = block(tokens, embedding, shared, angles, text, mask, past)
+            seen = context.of_blocks[index] if context is not None else None
+            tokens, new_keys, new_values = block(tokens, embedding, shared, angles, seen, mask, past)
             if commit:
                 keys.append(new_keys)
                 values.append(new_values)
@@ -517,6 +521,32 @@ class PredictTransformer(nn.Module):
             raise WorldloomError(f"this model knows the views 0 to {known - 1}", got=views.tolist())
         return views
 
+    def read_text(
+        self, text: Tensor | None, rows: int, mask: Tensor | None = None, *, views: int = 1
+    ) -> ReadText | None:
+        """Text ``(b, m, text_dim or context_dim)`` as every block sees it, to be given to many calls as ``text``.
+
+        Args:
+            text: as `forward` takes it; None is the null text.
+            rows: the batch size b.
+            mask: ``(b,)`` boolean, False where a row gets the null text.
+            views: texts of a row, one after another.
+
+        Returns:
+            None for a model without text.
+        """
+        config = self.config
+        if not config.context_dim:
+            return None
+        if text is None:
+            text = self.patch_in.weight.new_zeros(rows, views, config.context_dim)
+        elif self.text_proj is not None:
+            text = F.gelu(self.text_proj(text))
+        if mask is not None:  # zeros, of whatever number, are what one token of zeros is
+            text = text * mask.view(rows, 1, 1).to(text.dtype)
+        text = text.reshape(rows * views, -1, config.context_dim)
+        return ReadText(tuple(block.cross_attn.keys_values(text) for block in self.blocks), rows * views)  # type: ignore[union-attr, operator]
+
     def _patchify(
         self,
         x: Tensor,
@@ -570,7 +600,7 @@ class PredictTransformer(nn.Module):
         x: Tensor,
         timestep: Tensor,
         actions: Tensor | None,
-        text: Tensor | None,
+        text: Tensor | ReadText | None,
         cache: KVCache | None,
         views: int,
     ) -> None:
@@ -606,6 +636,10 @@ class PredictTransformer(nn.Module):
                     got=tuple(actions.shape),
                     do=f"give {expected}: (batch, {meaning}, action_dim)",
                 )
+        if isinstance(text, ReadText):
+            if text.rows != b * views:
+                raise WorldloomError("this text was read for another batch", got=f"{text.rows} rows, {b * views} here")
+            return
         if text is not None and (not config.context_dim or text.shape[-1] != (config.text_dim or config.context_dim)):
             raise WorldloomError(
                 "the text embedding does not fit the model",

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from worldloom.errors import WorldloomError
 from worldloom_model_zoo.predict.config import SamplerConfig
-from worldloom_model_zoo.predict.model import KVCache, PredictTransformer
+from worldloom_model_zoo.predict.model import KVCache, PredictTransformer, ReadText
 from worldloom_model_zoo.predict.skipping import FirstBlockCache
 from worldloom_model_zoo.samplers import (
     edm_denoiser,
@@ -115,6 +116,7 @@ class GuidedNetwork:
             )
         self.model, self.sampler, self.fps = model, sampler, fps
         self.text, self.negative = text, negative
+        self._read: dict[str, ReadText | None] = {}
         self._doubled: tuple[KVCache, int, KVCache] | None = None
         self.calls = 0
         """Calls of the network so far; a batched guided one counts once."""
@@ -156,12 +158,12 @@ class GuidedNetwork:
         noise = [level / (1 + level) if sampler.edm else level for level in levels]
         inside = [low <= level <= high for level in noise[known:]]
         if not sampler.guided or (actions is None and self.text is None) or not any(inside):
-            return self._call(0, x, timestep, actions, self.text, cache=cache, **options)
+            return self._call(0, x, timestep, actions, self._reading("text", b), cache=cache, **options)
         if sampler.guidance_batched:
             conditional, unconditional = self._both(x, timestep, actions, cache, options)
         else:
-            conditional = self._call(0, x, timestep, actions, self.text, cache=cache, **options)
-            unconditional = self._call(1, x, timestep, None, self.negative, cache=cache, **options)
+            conditional = self._call(0, x, timestep, actions, self._reading("text", b), cache=cache, **options)
+            unconditional = self._call(1, x, timestep, None, self._reading("negative", b), cache=cache, **options)
         made = guide(conditional, unconditional, sampler.guidance_scale, sampler.guidance_convention)
         if not all(inside):
             keep = torch.tensor([False] * known + inside, device=x.device)[:, None, None]
@@ -171,7 +173,32 @@ class GuidedNetwork:
     def commit(self, x: Tensor, level: float, actions: Tensor | None, cache: KVCache) -> None:
         """Take given frames ``(b, c, t, h, w)``, as `as_context` makes them, into the cache."""
         told = x.new_full((len(x), x.shape[2]), self._told(level, drawn=False))
-        self.model(x, told, actions, self.text, cache=cache, commit=True, fps=self.fps)
+        self.model(x, told, actions, self._reading("text", len(x)), cache=cache, commit=True, fps=self.fps)
+
+    def _reading(self, which: Literal["text", "negative", "both"], b: int) -> ReadText | None:
+        """A text, or both one below the other, as the network has read it for a batch of b: once for all steps."""
+        found = self._read.get(which)
+        if which not in self._read or (found is not None and found.rows != (2 * b if which == "both" else b)):
+            if which == "both":
+                found = self._read_both(b)
+            else:
+                found = self.model.read_text(self.text if which == "text" else self.negative, b)
+            self._read[which] = found
+        return found
+
+    def _read_both(self, b: int) -> ReadText | None:
+        text = self.text
+        if text is None:
+            return self.model.read_text(None, 2 * b)
+        if self.negative is None:
+            return self.model.read_text(torch.cat([text, text]), 2 * b, torch.arange(2 * b, device=text.device) < b)
+        if self.negative.shape != text.shape:
+            raise WorldloomError(
+                "batched guidance needs both texts of one length",
+                got=f"{tuple(text.shape)} and {tuple(self.negative.shape)}",
+                do="set sampler.guidance_batched = false",
+            )
+        return self.model.read_text(torch.cat([text, self.negative]), 2 * b)
 
     def _told(self, level: float, drawn: bool) -> float:
         """The network's timestep for a level."""
@@ -183,21 +210,10 @@ class GuidedNetwork:
         self, x: Tensor, timestep: Tensor, actions: Tensor | None, cache: KVCache | None, options: dict
     ) -> tuple[Tensor, ...]:
         """Both predictions in one call of twice the batch."""
-        b, text, masks = len(x), self.text, {}
-        first = torch.arange(2 * b, device=x.device) < b
+        b, masks = len(x), {}
         if actions is not None:
-            actions, masks["action_mask"] = torch.cat([actions, actions]), first
-        if text is not None:
-            if self.negative is None:
-                text, masks["text_mask"] = torch.cat([text, text]), first
-            elif self.negative.shape == text.shape:
-                text = torch.cat([text, self.negative])
-            else:
-                raise WorldloomError(
-                    "batched guidance needs both texts of one length",
-                    got=f"{tuple(text.shape)} and {tuple(self.negative.shape)}",
-                    do="set sampler.guidance_batched = false",
-                )
+            actions, masks["action_mask"] = torch.cat([actions, actions]), torch.arange(2 * b, device=x.device) < b
+        text = self._reading("both", b)
         doubled = {k: torch.cat([v, v]) if isinstance(v, Tensor) else v for k, v in options.items()}
         made = self._call(
             0, torch.cat([x, x]), timestep.repeat(2, 1), actions, text, cache=self._twice(cache), **doubled, **masks
@@ -218,7 +234,7 @@ class GuidedNetwork:
             self._doubled = (cache, cache.frames, twice)
         return self._doubled[2]
 
-    def _call(self, stream: int, x: Tensor, timestep: Tensor, *conditions: Tensor | None, **options: object) -> Tensor:
+    def _call(self, stream: int, x: Tensor, timestep: Tensor, *conditions: Any, **options: Any) -> Tensor:
         self.calls += 1
         made = self.model(x, timestep, *conditions, skip=self.skips[stream], **options)
         assert isinstance(made, Tensor)
