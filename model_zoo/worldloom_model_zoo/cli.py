@@ -207,7 +207,9 @@ def _beside(path: str, suffix: str) -> str:
 
 @click.command()
 @click.argument("model")
-@click.option("--data", required=True, type=click.Path(exists=True, file_okay=False), help="Dataset of clips.")
+@click.option("--data", type=click.Path(exists=True, file_okay=False), help="Dataset of clips.")
+@click.option("--prompts", metavar="DATA,DATA...", help="Does the model show what it is told? By datasets' captions.")
+@click.option("--samples", default=10, show_default=True, help="Videos for each dataset of --prompts.")
 @click.option("--horizon", default=16, show_default=True, help="Frames to predict; shorter ones are tabulated too.")
 @click.option("--context", default=9, show_default=True, help="Frames given before them.")
 @click.option("--clips", default=128, show_default=True, help="Test windows, spread over the dataset; 0 for all.")
@@ -227,7 +229,9 @@ def _beside(path: str, suffix: str) -> str:
 @_device
 def evaluate(
     model: str,
-    data: str,
+    data: str | None,
+    prompts: str | None,
+    samples: int,
     horizon: int,
     context: int,
     clips: int,
@@ -246,8 +250,15 @@ def evaluate(
     """Measure MODEL on the clips of --data: PSNR and SSIM against repeating the last frame, and action sensitivity.
 
     --frechet, --following, --drift and --physics measure more, and take longer. Use clips that training never saw.
-    Writes metrics.json, summary.json and report.html; run again it finds them.
+    Writes metrics.json, summary.json and report.html; run again it finds them. --prompts, instead of --data, has the
+    model make videos from the captions of several datasets, and a classifier of their clips tell which it shows.
     """
+    if bool(data) == bool(prompts):
+        raise click.UsageError("give --data or --prompts, one of them")
+    if prompts:
+        _follow_prompts(model, prompts.split(","), samples, seed, steps, guidance, out, device)
+        return
+    assert data is not None
     from worldloom.loading import load_model
     from worldloom_model_zoo.evaluate import EvalConfig
     from worldloom_model_zoo.evaluate_report import print_table, run
@@ -260,3 +271,36 @@ def evaluate(
     result = run(pipeline, model, data, config, out)
     print_table(result)
     click.echo(f"report {Path(out) / 'report.html'}  (figures in {Path(out) / 'metrics.json'})")
+
+
+def _follow_prompts(
+    model: str,
+    datasets: list[str],
+    samples: int,
+    seed: int,
+    steps: int | None,
+    guidance: float | None,
+    out: str,
+    device: str,
+) -> None:
+    import dataclasses
+    import json
+
+    from worldloom import media
+    from worldloom.artifacts import atomic_write
+    from worldloom.loading import load_model
+    from worldloom.progress import progress
+    from worldloom_model_zoo.prompt_following import PromptConfig, measure
+
+    pipeline = load_model(model, device=device)
+    given = {"steps": steps, "guidance_scale": guidance}
+    pipeline.sampler = dataclasses.replace(pipeline.sampler, **{k: v for k, v in given.items() if v is not None})
+    with progress("prompting") as shown:
+        result = measure(pipeline, datasets, PromptConfig(samples, seed=seed), progress=shown)
+    plain = {f.name: getattr(result, f.name) for f in dataclasses.fields(result) if f.name != "videos"}
+    atomic_write(Path(out) / "prompts.json", json.dumps(plain, indent=1) + "\n")
+    media.write_image(Path(out) / "prompts.png", media.contact_sheet(list(result.videos)))
+    for name, share in result.per_world.items():
+        click.echo(f"{name:20s} {share:.0%}")
+    click.echo(f"prompted worlds recognised {result.generated:.1%}, real clips {result.real:.1%}")
+    click.echo(f"{Path(out) / 'prompts.json'}  {Path(out) / 'prompts.png'}")

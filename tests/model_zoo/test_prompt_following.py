@@ -70,3 +70,13 @@ def test_obeying_scores_one_and_not_listening_scores_by_chance(worlds: list[Path
 def test_one_world_tells_nothing(worlds: list[Path]) -> None:
     with pytest.raises(WorldloomError, match="between worlds"):
         measure(Painter(str), worlds[:1])  # pyright: ignore[reportArgumentType]
+
+
+def test_the_command_wants_data_or_prompts() -> None:
+    from click.testing import CliRunner
+
+    from worldloom_model_zoo.cli import evaluate
+
+    result = CliRunner().invoke(evaluate, ["loom-world-nano"])
+    assert result.exit_code == 2
+    assert "--data or --prompts" in result.output
