@@ -168,10 +168,10 @@ def _sentence(stage: str, one: Decision | None, two: Decision | None, ran: tuple
         parts.append(f"{two.measure or one.measure} {_number(one.value)} -> {_number(two.value)}")
     elif two.value is not None:
         parts.append(f"{two.measure} {_number(two.value)}")
-    if two.failed or (one.threshold == two.threshold and one.value == two.value):
-        parts.append(two.reason)
-    elif (one.start, one.end) != (two.start, two.end):
+    if (one.start, one.end) != (two.start, two.end):
         parts.append(f"span [{one.start}, {one.end}) -> [{two.start}, {two.end})")
+    elif two.failed or (one.threshold == two.threshold and one.value == two.value):
+        parts.append(two.reason)
     return f"{stage}: {', '.join(parts)}"
 
 

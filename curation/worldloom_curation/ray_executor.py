@@ -76,7 +76,14 @@ class RayExecutor:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
         address = os.environ.get("RAY_ADDRESS")
         here = {} if address else {"num_cpus": self._workers, "include_dashboard": False}
-        self._ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **here)
+        try:
+            self._ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **here)
+        except Exception as error:  # its own start-up raises a plain Exception
+            raise WorldloomError(
+                "Ray does not start" if not address else "the Ray cluster does not answer",
+                got=f"{address}: {error}" if address else str(error),
+                do="run again when this machine is less busy, or use --executor local" if not address else "",
+            ) from error
 
 
 class _Raised:

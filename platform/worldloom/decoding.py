@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,8 @@ class Limits:
     """Size of the file."""
     max_array_bytes: int = 16 * 2**30
     """Size of the array that one `read_frames` call may return."""
+    max_work_seconds: float = 24 * 3600.0
+    """By the clock, from opening a source to its last frame, whatever its reader does in between."""
 
 
 DEFAULT_LIMITS = Limits()
@@ -83,6 +86,7 @@ class Reader:
 
     def __init__(self, source: Source, limits: Limits) -> None:
         self.source, self.limits = source, limits
+        self._deadline = time.monotonic() + limits.max_work_seconds
         self.av = import_av()
         if isinstance(source, bytes | bytearray | memoryview):
             target: Any = io.BytesIO(source)
@@ -161,6 +165,12 @@ class Reader:
         """All frames that decode, in presentation order. Damaged packets are stepped over."""
         seen = 0
         for packet in self._packets():
+            if time.monotonic() > self._deadline:
+                raise WorldloomError(
+                    f"over the limit of {self.limits.max_work_seconds:g} seconds of work",
+                    got=source_name(self.source),
+                    do="raise Limits",
+                )
             try:
                 frames = self.stream.decode(packet)
             except MemoryError:

@@ -189,6 +189,7 @@ def test_frame_second_and_byte_limits(tmp_path: Path) -> None:
     file.write_bytes(video(30))
     refused(file, "bytes", limits=media.Limits(max_bytes=1000))
     refused(file, "seconds", limits=media.Limits(max_seconds=0.5))
+    refused(file, "seconds of work", limits=media.Limits(max_work_seconds=-1.0))
     with pytest.raises(WorldloomError, match="20 frames"):
         media.read_frames(file, limits=media.Limits(max_frames=20))
     assert len(media.read_frames(file, end=20, limits=media.Limits(max_frames=21))) == 20

@@ -26,6 +26,8 @@ class ProbeConfig:
     """Most frames of one source."""
     max_bytes: int = 64 * 1024**3
     """Largest file."""
+    max_work_seconds: float = 12 * 3600.0
+    """Longest time that decoding one source may take, by the clock; what a hostile file can cost."""
 
     def limits(self) -> Limits:
         """The same limits as the decoder wants them."""
@@ -36,6 +38,7 @@ class ProbeConfig:
             max_seconds=self.max_seconds,
             max_frames=self.max_frames,
             max_bytes=self.max_bytes,
+            max_work_seconds=self.max_work_seconds,
         )
 
 
