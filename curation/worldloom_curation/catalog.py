@@ -20,6 +20,26 @@ STAGES = {
         "target": "worldloom_curation.stages.duplicates:DuplicatesStage",
         "summary": "Drop clips whose decoded frames were seen before.",
     },
+    "idle": {
+        "target": "worldloom_curation.stages.idle:IdleStage",
+        "summary": "Robot episodes: drop those in which nothing is done, and cut idle ends off the others.",
+    },
+    "sync": {
+        "target": "worldloom_curation.stages.sync:SyncStage",
+        "summary": "Robot episodes: drop those whose actions and pictures are too many frames apart.",
+    },
+    "outliers": {
+        "target": "worldloom_curation.stages.outliers:OutliersStage",
+        "summary": "Robot episodes: drop those with actions that are no numbers or far from all the others.",
+    },
+    "jerk": {
+        "target": "worldloom_curation.stages.jerk:JerkStage",
+        "summary": "Robot episodes: drop those with far jerkier actions than the others.",
+    },
+    "success": {
+        "target": "worldloom_curation.stages.success:SuccessStage",
+        "summary": "Robot episodes: drop those that failed at their task.",
+    },
     "caption": {
         "target": "worldloom_curation.stages.caption:CaptionStage",
         "summary": "Write captions of recorded episodes from what the recorder knows.",

@@ -87,7 +87,9 @@ def test_the_report_is_one_file_with_everything(curated: Path) -> None:
 
 
 def test_export_gives_plain_files_and_goes_on(curated: Path, tmp_path: Path) -> None:
-    assert cli("export", tmp_path / "plain", "--out", curated).exit_code == 0
+    result = cli("export", curated, "--out", tmp_path / "plain")
+    assert result.exit_code == 0, result.output
+    assert f"2 of 2 clips in {tmp_path / 'plain'}" in result.stdout
     for sample in open_dataset(curated):
         video = tmp_path / "plain" / f"{sample.clip.id}.mp4"
         assert video.read_bytes() == sample.video
@@ -96,7 +98,7 @@ def test_export_gives_plain_files_and_goes_on(curated: Path, tmp_path: Path) -> 
         assert (meta["source"], meta["start"], meta["end"]) == (sample.clip.source, sample.clip.start, sample.clip.end)
     before = video.stat().st_mtime_ns
     video.with_suffix(".json").write_text("torn")
-    assert cli("export", tmp_path / "plain", "--out", curated).exit_code == 0
+    assert cli("export", curated, "--out", tmp_path / "plain").exit_code == 0
     assert video.stat().st_mtime_ns == before
     assert json.loads(video.with_suffix(".json").read_text())["id"] == sample.clip.id
 
@@ -106,7 +108,8 @@ def test_user_mistakes_are_errors_without_a_traceback(tmp_path: Path) -> None:
         (("run", tmp_path, "--out", tmp_path / "out"), "the folder holds no files"),
         (("run", tmp_path, "--out", tmp_path / "out", "--set", "motoin.threshold=1"), "did you mean motion"),
         (("report", "--out", tmp_path), "there is no decision ledger"),
-        (("export", tmp_path, "--out", tmp_path), "not a finished dataset"),
+        (("export", tmp_path, "--out", tmp_path / "out"), "not a finished dataset"),
+        (("run", "s3://bucket/videos", "--out", tmp_path / "out"), "this URL may not be read"),
         (("run", tmp_path), "give SRC and --out DIR"),
     ):
         result = CliRunner().invoke(main, ["curate", *map(str, arguments)])

@@ -1,4 +1,4 @@
-"""Caption: words for a recorded episode, from what the recorder wrote about it. Videos get none here."""
+"""Caption: words for an episode: the task it was recorded for, else what the recorder knows. Videos get none here."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class CaptionStage:
     """Gives every span its caption; drops nothing."""
 
     name = "caption"
-    version = 1
+    version = 2
     scope: Literal["source", "run"] = "source"
     measured_with = ()
     Config = CaptionConfig
@@ -97,6 +97,8 @@ class CaptionStage:
 
     def _caption(self, span: Span) -> str:
         facts: Mapping[str, Any] = span.source.facts
+        if facts.get("task"):
+            return str(facts["task"])
         names = [words(str(name)) for name in facts.get("action_names") or ()]
         env, actions = str(facts.get("env_id", "")), span.source.actions
         taken = [] if actions is None else frequent_actions(actions, names, span.start, span.end)

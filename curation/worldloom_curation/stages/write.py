@@ -1,7 +1,7 @@
 """Write: encode every kept span, once, and cut an episode's arrays to it.
 
-Videos become H.264 at most `short_side` pixels high or wide. Recorded episodes stay exact: kept whole, their bytes are
-copied; cut, they are encoded again without loss.
+Videos become H.264 at most `short_side` pixels high or wide; so do the episodes of robot datasets. Episodes that we
+recorded stay exact: kept whole, their bytes are copied; cut, they are encoded again without loss.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class WriteConfig:
             raise WorldloomError("write.samples_per_shard and write.max_shard_bytes must be at least 1")
 
 
-def stored_size(height: int, width: int, recorded: bool, config: WriteConfig) -> tuple[int, int]:
+def stored_size(height: int, width: int, exact: bool, config: WriteConfig) -> tuple[int, int]:
     """``(h, w)`` of the stored clip. Videos get even sides, which every player wants of H.264."""
-    if recorded:
+    if exact:
         return height, width
     scale = min(1.0, config.short_side / min(height, width)) if config.short_side else 1.0
     return _even(height * scale), _even(width * scale)
@@ -79,12 +79,13 @@ def encode_spans(
     from worldloom import media
 
     at = spans[0].start
-    frames = media.iter_frames(video, start=at, end=spans[-1].end, size=size, limits=limits)
+    first = spans[0].source.window[0] if spans[0].source.window else 0
+    frames = media.iter_frames(video, start=first + at, end=first + spans[-1].end, size=size, limits=limits)
     for span in spans:
         assert span.start >= at, "spans must be in order"
         _skip(frames, span.start - at)
         encoded = media.write_video(
-            None, _every(frames, span), span.fps / span.step, lossless=span.source.recorded, crf=config.crf
+            None, _every(frames, span), span.fps / span.step, lossless=span.source.exact, crf=config.crf
         )
         assert encoded is not None
         save(span, encoded)

@@ -1,0 +1,1 @@
+"""One file per family of export formats; see `worldloom_curation.export`."""
