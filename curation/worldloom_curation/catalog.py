@@ -40,6 +40,26 @@ STAGES = {
         "target": "worldloom_curation.stages.success:SuccessStage",
         "summary": "Robot episodes: drop those that failed at their task.",
     },
+    "black": {
+        "target": "worldloom_curation.stages.black:BlackStage",
+        "summary": "Cut black frames out.",
+    },
+    "frozen": {
+        "target": "worldloom_curation.stages.frozen:FrozenStage",
+        "summary": "Cut stretches out in which the picture stands still.",
+    },
+    "flicker": {
+        "target": "worldloom_curation.stages.flicker:FlickerStage",
+        "summary": "Drop clips whose brightness jumps from frame to frame.",
+    },
+    "exposure": {
+        "target": "worldloom_curation.stages.exposure:ExposureStage",
+        "summary": "Drop clips that are too dark or too bright to show anything.",
+    },
+    "blur": {
+        "target": "worldloom_curation.stages.blur:BlurStage",
+        "summary": "Drop clips that are blurred.",
+    },
     "caption": {
         "target": "worldloom_curation.stages.caption:CaptionStage",
         "summary": "Write captions of recorded episodes from what the recorder knows.",
