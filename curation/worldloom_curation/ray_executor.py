@@ -53,7 +53,7 @@ class RayExecutor:
             for number, job in enumerate(jobs)
         ]
         data = self._ray.data.from_items(rows, override_num_blocks=min(len(rows), _BLOCKS))
-        data = data.map(_run, num_cpus=1, concurrency=self._workers)
+        data = data.map(_run, num_cpus=1, compute=self._ray.data.TaskPoolStrategy(size=self._workers))
         found: dict[int, T] = {}
         try:
             for row in data.iter_rows():

@@ -96,10 +96,20 @@ def assert_nothing_looks_whole_that_is_torn(out: Path) -> None:
         open_dataset(out)
 
 
-def test_ten_kills_at_random_instants_leave_the_same_shards_and_ledger(
-    videos: Path, driver: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("kills", "how"),
+    [
+        (10, ()),
+        pytest.param(50, (), marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
+        pytest.param(50, ("executor='ray'",), marks=[pytest.mark.slow, pytest.mark.timeout(7200)]),
+    ],
+)
+def test_kills_at_random_instants_leave_the_same_shards_and_ledger(
+    videos: Path, driver: Path, tmp_path: Path, kills: int, how: tuple[str, ...]
 ) -> None:
-    process = start(driver, videos, tmp_path / "whole")
+    if how:
+        pytest.importorskip("ray")
+    process = start(driver, videos, tmp_path / "whole", *how)
     began = time.monotonic()
     assert process.wait() == 0
     took = time.monotonic() - began
@@ -108,9 +118,9 @@ def test_ten_kills_at_random_instants_leave_the_same_shards_and_ledger(
     expected = digests(tmp_path / "whole")
     assert len(expected) == 2 + 4  # 12 clips, 3 to a shard
     instants, interrupted, resumed = random.Random(), 0, 0
-    for number in range(10):
+    for number in range(kills):
         out = tmp_path / f"killed-{number}"
-        process = start(driver, videos, out)
+        process = start(driver, videos, out, *how)
         time.sleep(instants.uniform(0.0, took))
         interrupted += kill(process)
         assert_nothing_looks_whole_that_is_torn(out)
@@ -118,8 +128,8 @@ def test_ten_kills_at_random_instants_leave_the_same_shards_and_ledger(
         resumed += summary["work"]["scan"]["cached"] > 0
         assert digests(out) == expected, f"kill {number}"
         assert [path for path in out.rglob("*") if "worldloom-tmp" in path.name] == []
-    assert interrupted >= 5, "the kills came too late to prove anything"
-    assert resumed >= 3, "the runs after a kill began from nothing"
+    assert interrupted >= kills // 2, "the kills came too late to prove anything"
+    assert resumed >= kills // 4, "the runs after a kill began from nothing"
 
 
 def test_one_folder_killed_again_and_again_ends_the_same(videos: Path, driver: Path, tmp_path: Path) -> None:
