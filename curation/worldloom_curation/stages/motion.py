@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from worldloom.errors import missing_extra
-from worldloom.media import shrink
+from worldloom_curation import pictures
 from worldloom_curation.stage import Observer, Source, Span, Verdict
 
 if TYPE_CHECKING:
@@ -40,17 +39,13 @@ class FrameChanges:
     """Collects each frame's mean absolute difference to the frame `gap` before it (float32; NaN for the first)."""
 
     def __init__(self, side: int, gap: int) -> None:
-        try:
-            import cv2
-        except ImportError as error:
-            raise missing_extra("opencv", "curation") from error
-        self._cv2, self._side, self._gap = cv2, side, gap
+        pictures.opencv()
+        self._side, self._gap = side, gap
         self._before: deque[np.ndarray] = deque(maxlen=gap)
         self._changes: list[float] = []
 
     def add(self, frame: np.ndarray) -> None:
-        frame = shrink(frame, self._side)
-        grey = self._cv2.cvtColor(frame, self._cv2.COLOR_RGB2GRAY).astype(np.int16)
+        grey = pictures.grey(frame, self._side).astype(np.int16)
         known = len(self._before) == self._gap
         self._changes.append(float(np.abs(grey - self._before[0]).mean()) if known else float("nan"))
         self._before.append(grey)

@@ -1,13 +1,16 @@
 """Split: cut a source into spans, at shot boundaries or at a fixed length.
 
-Shots: PySceneDetect's `AdaptiveDetector` scores every small frame (mean change of hue, saturation and brightness
-against the frame before: ``content_val``) and holds the score against the average of its neighbours. We let it score,
-keep the scores, and apply its two thresholds to them ourselves, so that other thresholds need no new decoding.
+Shots, by one of two detectors:
+
+- Mode ``shots``: PySceneDetect's `AdaptiveDetector` scores every small frame (mean change of hue, saturation and
+  brightness against the frame before: ``content_val``) and holds the score against the average of its neighbours. We
+  let it score, keep the scores, and apply its two thresholds to them ourselves, so that other thresholds need no new
+  decoding.
+- Mode ``transnet``: TransNet V2, a network that knows dissolves and wipes too; slower by far. See `stages.shots`.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from worldloom.errors import WorldloomError, missing_extra
-from worldloom.media import shrink
+from worldloom_curation import pictures
 from worldloom_curation.stage import Observer, Source, Span, Verdict
 
 if TYPE_CHECKING:
@@ -27,8 +30,8 @@ if TYPE_CHECKING:
 class SplitConfig:
     """Where clips begin and end. Lengths are those of the clips, after thinning to `fps`."""
 
-    mode: Literal["shots", "fixed", "whole"] = "shots"
-    """Videos: at shot boundaries, at a fixed length (`max_frames`), or not at all."""
+    mode: Literal["shots", "transnet", "fixed", "whole"] = "shots"
+    """Videos: cut into shots by PySceneDetect (shots) or TransNet V2 (transnet), at a fixed length, or not at all."""
     recorded: Literal["whole", "fixed"] = "whole"
     """Recorded episodes: kept whole, or cut at a fixed length (`max_frames`)."""
     min_frames: int = 17
@@ -51,13 +54,19 @@ class SplitConfig:
     """Frames on each side that a cut is compared with."""
     scan_side: int = 144
     """Short side of the frames that are scored, in pixels."""
+    transition: float = 0.4
+    """TransNet V2: probability over which a frame is part of a transition."""
+    margin: float = 0.0
+    """Seconds that are cut off each shot beside a cut, where players and codecs blend; 0.5 in cosmos-curate."""
 
     def __post_init__(self) -> None:
         for name in ("min_frames", "max_frames", "frames_multiple", "window", "scan_side"):
             if getattr(self, name) < 1:
                 raise WorldloomError(f"split.{name} must be at least 1", got=getattr(self, name))
-        if self.fps < 0 or self.max_seconds <= 0:
-            raise WorldloomError("split.fps must not be negative, and split.max_seconds must be positive")
+        if self.fps < 0 or self.margin < 0 or self.max_seconds <= 0:
+            raise WorldloomError("split.fps and split.margin must not be negative, and split.max_seconds be positive")
+        if not 0 < self.transition < 1:
+            raise WorldloomError("split.transition lies between 0 and 1", got=self.transition)
         if self.min_frames > self.max_frames:
             raise WorldloomError(
                 "split.min_frames is larger than split.max_frames", got=f"{self.min_frames} > {self.max_frames}"
@@ -82,7 +91,7 @@ class ContentScores:
         self._scores: list[float] = []
 
     def add(self, frame: np.ndarray) -> None:
-        frame = shrink(frame, self._side)
+        frame = pictures.colour(frame, self._side)
         at = self._timecode(len(self._scores), fps=self._fps)
         self._detector.process_frame(at, self._cv2.cvtColor(frame, self._cv2.COLOR_RGB2BGR))
         known = self._stats.metrics_exist(at, ["content_val"])
@@ -127,27 +136,76 @@ class SplitStage:
     name = "split"
     version = 1
     scope: Literal["source", "run"] = "source"
-    measured_with = ("scan_side",)
+    measured_with = ("mode", "scan_side")
     Config = SplitConfig
 
     def __init__(self, config: SplitConfig) -> None:
         self.config = config
 
     def observer(self, source: Source, fps: float) -> Observer | None:
-        return ContentScores(self.config.scan_side, fps) if self._mode(source) == "shots" else None
+        mode = self._mode(source)
+        if mode == "transnet":
+            from worldloom_curation.stages.shots import ShotProbabilities
+
+            return ShotProbabilities()
+        return ContentScores(self.config.scan_side, fps) if mode == "shots" else None
 
     def decide(self, spans: Sequence[Span], signals: Mapping[str, Signals]) -> list[Verdict]:
         verdicts: list[Verdict] = []
         for span in spans:
-            if self._mode(span.source) != "shots":
+            if self._mode(span.source) not in ("shots", "transnet"):
                 verdicts += self._pieces(span, span.start, span.end, "")
                 continue
-            content = signals[span.source.key]["content"]
-            edges = [span.start, *(cut for cut in find_cuts(content, self.config) if cut > span.start), span.end]
-            for start, end in itertools.pairwise(edges):
-                at_cut = f"from a cut (change {content[start]:.1f})" if start > span.start else "from the first frame"
-                verdicts += self._pieces(span, start, end, at_cut)
+            at, begun = span.start, "from the first frame"
+            for end, start, found in [*self._transitions(span, signals[span.source.key]), (span.end, span.end, "")]:
+                verdicts += self._shot(span, at, end, begun, cut=bool(found))
+                verdicts += self._between(span, end, start)
+                at, begun = start, found
         return verdicts
+
+    def _transitions(self, span: Span, signals: Signals) -> list[tuple[int, int, str]]:
+        """(end of a shot, start of the next, how it was found) within a span."""
+        if self._mode(span.source) == "shots":
+            content = signals["content"]
+            cuts = [cut for cut in find_cuts(content, self.config) if span.start < cut < span.end]
+            return [(cut, cut, f"from a cut (change {content[cut]:.1f})") for cut in cuts]
+        from worldloom_curation.stages.shots import transitions
+
+        probabilities = signals["shots"]
+        found: list[tuple[int, int, str]] = []
+        for end, start in transitions(probabilities, self.config.transition):
+            highest = float(probabilities[end - 1 : start].max())
+            how = "a cut" if start == end else f"a transition of {start - end + 1} frames"
+            if span.start < end < span.end:
+                found.append((end, min(start, span.end), f"from {how} (probability {highest:.2f})"))
+        return found
+
+    def _shot(self, span: Span, start: int, end: int, begun: str, cut: bool) -> list[Verdict]:
+        """The pieces of one shot, less the margins beside its cuts.
+
+        Args:
+            begun: how the shot begins; a margin is cut off there unless it is the first of the span.
+            cut: whether it ends with a cut.
+        """
+        margin = round(self.config.margin * span.fps)
+        head = min(end, start + (margin if start > span.start else 0))
+        tail = max(head, end - (margin if cut else 0))
+        verdicts = self._beside(span, start, head)
+        if head < tail:
+            verdicts += self._pieces(span, head, tail, begun)
+        return verdicts + self._beside(span, tail, end)
+
+    def _beside(self, span: Span, start: int, end: int) -> list[Verdict]:
+        if start == end:
+            return []
+        reason = f"within {self.config.margin:g} s of a cut"
+        return [Verdict(replace(span, start=start, end=end), False, reason=reason)]
+
+    def _between(self, span: Span, start: int, end: int) -> list[Verdict]:
+        if start == end:
+            return []
+        reason = "a transition between two shots"
+        return [Verdict(replace(span, start=start, end=end), False, reason=reason)]
 
     def _mode(self, source: Source) -> str:
         return self.config.recorded if source.recorded else self.config.mode
@@ -162,7 +220,7 @@ class SplitStage:
         while at < end:
             left = -(-(end - at) // step)
             count = min(left, longest)
-            if mode == "shots" and left > longest:
+            if mode in ("shots", "transnet") and left > longest:
                 even = -(-left // -(-left // longest))  # even pieces rather than full ones and a stub
                 count = even if self._trim(even) >= shortest else longest
             count = self._trim(count)
@@ -170,7 +228,7 @@ class SplitStage:
                 break
             stop = at + (count - 1) * step + 1
             stop = end if end - stop < step else stop  # thinning skips the last few frames: they belong to the clip
-            what = "recorded episode" if span.source.recorded else "shot" if mode == "shots" else "video"
+            what = "recorded episode" if span.source.recorded else "video" if mode in ("fixed", "whole") else "shot"
             if (at, stop) == (start, end):
                 reason = f"{count} frames: {what} {at_cut}" if at_cut else f"{count} frames: the whole {what}"
             else:
@@ -197,7 +255,7 @@ class SplitStage:
         if mode == "whole":
             return shortest, frames
         longest = self.config.max_frames
-        if mode == "shots":
+        if mode in ("shots", "transnet"):
             longest = min(longest, int(self.config.max_seconds * fps))
         return shortest, max(self._trim(longest), shortest) if longest >= 1 else shortest
 
