@@ -64,7 +64,7 @@ class RayExecutor:
                 done(len(found), row["number"])
         except self._ray.exceptions.RayError as error:
             raise WorldloomError(
-                "a Ray task died", got=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}", do="run again: what is done is kept"
+                "a Ray task died", got=str(error).strip().splitlines()[0], do="run again: what is done is kept"
             ) from error
         return [found[number] for number in range(len(jobs))]
 
