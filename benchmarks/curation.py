@@ -125,7 +125,8 @@ def script(files: list[Path], out: Path) -> int:
             rate = Fraction(track.average_rate or 25)
             scale = min(1.0, SIDE / min(track.height, track.width))
             height, width = (max(2, round(side * scale / 2) * 2) for side in (track.height, track.width))
-            target, stream = None, None
+            target: Any = None
+            stream: Any = None
             for number, frame in enumerate(container.decode(track)):
                 if target is None:
                     target = av.open(str(out / f"{file.stem}-{clips}.mp4"), "w")
