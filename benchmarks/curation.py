@@ -127,15 +127,17 @@ def script(files: list[Path], out: Path) -> int:
             height, width = (max(2, round(side * scale / 2) * 2) for side in (track.height, track.width))
             target: Any = None
             stream: Any = None
+            written = 0
             for number, frame in enumerate(container.decode(track)):
                 if target is None:
                     target = av.open(str(out / f"{file.stem}-{clips}.mp4"), "w")
                     added: Any = target.add_stream("libx264", rate=rate, options={"crf": str(CRF)})
                     added.height, added.width, added.pix_fmt = height, width, "yuv420p"
                     added.codec_context.thread_count = 1
-                    stream, clips = added, clips + 1
+                    stream, clips, written = added, clips + 1, 0
                 small = frame.reformat(width, height, "yuv420p")
-                small.pts = None
+                small.pts, small.time_base = written, 1 / rate
+                written += 1
                 target.mux(stream.encode(small))
                 if number + 1 >= ends[0]:
                     ends = ends[1:] or [sys.maxsize]
