@@ -42,6 +42,7 @@ def digests(out: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra [ray]")
 def test_ray_gives_the_same_bytes_as_this_process(tmp_path: Path) -> None:
     videos = tmp_path / "videos"
@@ -55,7 +56,7 @@ def test_ray_gives_the_same_bytes_as_this_process(tmp_path: Path) -> None:
         [sys.executable, str(tmp_path / "driver.py"), str(videos), str(tmp_path / "ray")],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=840,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "raised: Expecting property name" in done.stdout  # as itself, and not as an error of Ray's
