@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from worldloom.errors import WorldloomError
-from worldloom_tokenizers import load_text_encoder
+from worldloom_tokenizers import load_text_encoder, text
 
 
 def test_texts_of_one_meaning_are_near_and_padding_is_zero() -> None:
@@ -33,3 +33,9 @@ def test_a_text_does_not_depend_on_its_batch_and_is_cut_to_length() -> None:
 def test_an_unknown_encoder_is_named() -> None:
     with pytest.raises(WorldloomError, match="minilm"):
         load_text_encoder("t5-xxl")
+
+
+def test_a_missing_package_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(text.TEXT_ENCODERS, "absent", "a_package_that_is_not_there")
+    with pytest.raises(WorldloomError, match=r"worldloom\[text\]"):
+        load_text_encoder("absent")
