@@ -39,11 +39,11 @@ def failure(error: Exception, source: Source, *, expected: bool = False) -> Fail
         expected: the reason is enough, without a traceback.
     """
     reason = _ADDRESS.sub("0x...", sentence(error, source.path, "the file"))
+    if expected:
+        return Failure(reason)
     if not isinstance(error, WorldloomError):
         kind = type(error).__name__
         reason = kind if reason == kind else f"{kind}: {reason}"
-    if expected:
-        return Failure(reason)
     text = "".join(traceback.format_exception(error)).replace(source.path, source.name)
     return Failure(reason, _ADDRESS.sub("0x...", text))
 
