@@ -247,6 +247,11 @@ class Dataset:
         with open(self._path(shard), "rb") as file:
             return entry.read_clip(file)
 
+    def sizes(self, which: int | str) -> dict[str, int]:
+        """Bytes of each member of one sample, by extension; reads none of them."""
+        entry, _ = self._find(which)
+        return {extension: size for extension, (_, size) in entry.members.items()}
+
     def keys(self) -> list[str]:
         """All clip ids, in reading order."""
         return [entry.key for shard in range(len(self.index.shards)) for entry in self._entries(shard)]
