@@ -60,6 +60,10 @@ STAGES = {
         "target": "worldloom_curation.stages.blur:BlurStage",
         "summary": "Drop clips that are blurred.",
     },
+    "overlay_text": {
+        "target": "worldloom_curation.stages.overlay_text:OverlayTextStage",
+        "summary": "Drop clips with subtitles, logos and other text burnt in.",
+    },
     "caption": {
         "target": "worldloom_curation.stages.caption:CaptionStage",
         "summary": "Write captions of recorded episodes from what the recorder knows.",
