@@ -64,6 +64,10 @@ STAGES = {
         "target": "worldloom_curation.stages.overlay_text:OverlayTextStage",
         "summary": "Drop clips with subtitles, logos and other text burnt in.",
     },
+    "camera": {
+        "target": "worldloom_curation.stages.camera:CameraStage",
+        "summary": "Label clips by how the camera moves; drop the labels that are unwanted.",
+    },
     "caption": {
         "target": "worldloom_curation.stages.caption:CaptionStage",
         "summary": "Write captions of recorded episodes from what the recorder knows.",
