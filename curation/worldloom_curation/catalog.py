@@ -68,6 +68,14 @@ STAGES = {
         "target": "worldloom_curation.stages.camera:CameraStage",
         "summary": "Label clips by how the camera moves; drop the labels that are unwanted.",
     },
+    "safety": {
+        "target": "worldloom_curation.stages.safety:SafetyStage",
+        "summary": "Drop clips in which nudity is seen.",
+    },
+    "text_safety": {
+        "target": "worldloom_curation.stages.text_safety:TextSafetyStage",
+        "summary": "Drop clips whose caption the guards of prompts refuse.",
+    },
     "caption": {
         "target": "worldloom_curation.stages.caption:CaptionStage",
         "summary": "Write captions of recorded episodes from what the recorder knows.",
