@@ -76,6 +76,10 @@ STAGES = {
         "target": "worldloom_curation.stages.text_safety:TextSafetyStage",
         "summary": "Drop clips whose caption the guards of prompts refuse.",
     },
+    "quality": {
+        "target": "worldloom_curation.stages.quality:QualityStage",
+        "summary": "Drop clips of bad pictures, by a no-reference measure or an aesthetic head on CLIP.",
+    },
     "caption": {
         "target": "worldloom_curation.stages.caption:CaptionStage",
         "summary": "Write captions of recorded episodes from what the recorder knows.",
