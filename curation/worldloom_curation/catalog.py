@@ -80,6 +80,10 @@ STAGES = {
         "target": "worldloom_curation.stages.quality:QualityStage",
         "summary": "Drop clips of bad pictures, by a no-reference measure or an aesthetic head on CLIP.",
     },
+    "semantic_duplicates": {
+        "target": "worldloom_curation.stages.semantic_duplicates:SemanticDuplicatesStage",
+        "summary": "Drop clips that show what another shows, by vectors and k-means.",
+    },
     "caption": {
         "target": "worldloom_curation.stages.caption:CaptionStage",
         "summary": "Write captions of recorded episodes from what the recorder knows.",
