@@ -84,6 +84,10 @@ STAGES = {
         "target": "worldloom_curation.stages.semantic_duplicates:SemanticDuplicatesStage",
         "summary": "Drop clips that show what another shows, by vectors and k-means.",
     },
+    "near_duplicates": {
+        "target": "worldloom_curation.stages.near_duplicates:NearDuplicatesStage",
+        "summary": "Drop near-copies: encoded again, resized, cropped, shifted in time.",
+    },
     "caption": {
         "target": "worldloom_curation.stages.caption:CaptionStage",
         "summary": "Write captions of recorded episodes from what the recorder knows.",
