@@ -88,6 +88,10 @@ STAGES = {
         "target": "worldloom_curation.stages.near_duplicates:NearDuplicatesStage",
         "summary": "Drop near-copies: encoded again, resized, cropped, shifted in time.",
     },
+    "motion_vectors": {
+        "target": "worldloom_curation.stages.motion_vectors:MotionVectorsStage",
+        "summary": "Drop clips with little motion by stored motion vectors, or by flow where there are none.",
+    },
     "caption": {
         "target": "worldloom_curation.stages.caption:CaptionStage",
         "summary": "Write captions of recorded episodes from what the recorder knows.",
