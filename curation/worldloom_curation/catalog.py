@@ -92,6 +92,10 @@ STAGES = {
         "target": "worldloom_curation.stages.motion_vectors:MotionVectorsStage",
         "summary": "Drop clips with little motion by stored motion vectors, or by flow where there are none.",
     },
+    "caption_windows": {
+        "target": "worldloom_curation.stages.caption_windows:CaptionWindowsStage",
+        "summary": "Have a model describe every window of a clip, through an OpenAI-compatible endpoint.",
+    },
     "caption": {
         "target": "worldloom_curation.stages.caption:CaptionStage",
         "summary": "Write captions of recorded episodes from what the recorder knows.",

@@ -14,7 +14,7 @@ import re
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from worldloom.errors import WorldloomError
@@ -79,8 +79,20 @@ class ChatEndpoint:
         Raises:
             WorldloomError: no connection, no answer in time, an HTTP error, or an answer without text.
         """
-        messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": prompt}]
-        body = json.dumps({"model": self.model, "messages": messages, "temperature": 0, "seed": 0}).encode()
+        return self.chat([{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": prompt}])
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """The answer to a conversation, as one paragraph.
+
+        Args:
+            messages: as the API takes them: ``role``, and ``content`` as a text or a list of parts.
+            options: further fields of the request, e.g. ``max_tokens``.
+
+        Raises:
+            WorldloomError: as `upsample`.
+        """
+        request = {"model": self.model, "messages": list(messages), "temperature": 0, "seed": 0, **options}
+        body = json.dumps(request).encode()
         headers = {"Content-Type": "application/json", "User-Agent": "worldloom"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
