@@ -13,16 +13,30 @@ from worldloom import registry
 from worldloom.errors import WorldloomError
 from worldloom_curation.episodes import EpisodeConfig
 from worldloom_curation.stage import Stage
+from worldloom_curation.stages.black import BlackConfig
+from worldloom_curation.stages.blur import BlurConfig
+from worldloom_curation.stages.camera import CameraConfig
 from worldloom_curation.stages.caption import CaptionConfig
+from worldloom_curation.stages.caption_windows import CaptionWindowsConfig
 from worldloom_curation.stages.duplicates import DuplicatesConfig
+from worldloom_curation.stages.exposure import ExposureConfig
+from worldloom_curation.stages.flicker import FlickerConfig
+from worldloom_curation.stages.frozen import FrozenConfig
 from worldloom_curation.stages.idle import IdleConfig
 from worldloom_curation.stages.jerk import JerkConfig
 from worldloom_curation.stages.motion import MotionConfig
+from worldloom_curation.stages.motion_vectors import MotionVectorsConfig
+from worldloom_curation.stages.near_duplicates import NearDuplicatesConfig
 from worldloom_curation.stages.outliers import OutliersConfig
+from worldloom_curation.stages.overlay_text import OverlayTextConfig
 from worldloom_curation.stages.probe import ProbeConfig
+from worldloom_curation.stages.quality import QualityConfig
+from worldloom_curation.stages.safety import SafetyConfig
+from worldloom_curation.stages.semantic_duplicates import SemanticDuplicatesConfig
 from worldloom_curation.stages.split import SplitConfig
 from worldloom_curation.stages.success import SuccessConfig
 from worldloom_curation.stages.sync import SyncConfig
+from worldloom_curation.stages.text_safety import TextSafetyConfig
 from worldloom_curation.stages.write import WriteConfig
 
 
@@ -46,6 +60,30 @@ class CurateConfig:
     """How much must move."""
     duplicates: DuplicatesConfig = field(default_factory=DuplicatesConfig)
     """Exact duplicates."""
+    black: BlackConfig = field(default_factory=BlackConfig)
+    """Stretches of black frames."""
+    frozen: FrozenConfig = field(default_factory=FrozenConfig)
+    """Stretches that stand still."""
+    flicker: FlickerConfig = field(default_factory=FlickerConfig)
+    """Brightness that jumps."""
+    exposure: ExposureConfig = field(default_factory=ExposureConfig)
+    """Too dark, too bright."""
+    blur: BlurConfig = field(default_factory=BlurConfig)
+    """Out of focus."""
+    camera: CameraConfig = field(default_factory=CameraConfig)
+    """How the camera moves."""
+    motion_vectors: MotionVectorsConfig = field(default_factory=MotionVectorsConfig)
+    """How much must move, by stored motion vectors."""
+    overlay_text: OverlayTextConfig = field(default_factory=OverlayTextConfig)
+    """Text that was laid over the picture."""
+    quality: QualityConfig = field(default_factory=QualityConfig)
+    """How good the pictures are."""
+    safety: SafetyConfig = field(default_factory=SafetyConfig)
+    """Nudity."""
+    near_duplicates: NearDuplicatesConfig = field(default_factory=NearDuplicatesConfig)
+    """Copies that were encoded again, resized, cropped or shifted."""
+    semantic_duplicates: SemanticDuplicatesConfig = field(default_factory=SemanticDuplicatesConfig)
+    """Spans that show the same thing."""
     idle: IdleConfig = field(default_factory=IdleConfig)
     """Robot episodes: where nothing is done."""
     sync: SyncConfig = field(default_factory=SyncConfig)
@@ -58,6 +96,10 @@ class CurateConfig:
     """Robot episodes: success flags."""
     caption: CaptionConfig = field(default_factory=CaptionConfig)
     """Captions of recorded episodes."""
+    caption_windows: CaptionWindowsConfig = field(default_factory=CaptionWindowsConfig)
+    """Captions by a model."""
+    text_safety: TextSafetyConfig = field(default_factory=TextSafetyConfig)
+    """What captions are checked for."""
     write: WriteConfig = field(default_factory=WriteConfig)
     """How clips are stored."""
 

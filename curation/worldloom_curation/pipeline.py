@@ -28,7 +28,17 @@ from worldloom_curation.ledger import NAME, accounts, reconcile, save_ledger
 from worldloom_curation.quarantine import Failure, decide
 from worldloom_curation.remote import is_url
 from worldloom_curation.robot import Statistics, describe, statistics_table
-from worldloom_curation.scan import Plan, Scan, clip_key, encode_source, plan, prepare, scan_source, signals_key
+from worldloom_curation.scan import (
+    Plan,
+    Scan,
+    clip_key,
+    encode_source,
+    face_blur,
+    plan,
+    prepare,
+    scan_source,
+    signals_key,
+)
 from worldloom_curation.sources import discover, load_episode
 from worldloom_curation.stage import Source, Span, Stage, Verdict
 from worldloom_curation.stages import probe, write
@@ -388,6 +398,8 @@ def _sample(this: Run, span: Span, size: tuple[int, int], frames: int, episode: 
     start, end = span.source.original(span.start, span.end)
     if not span.source.exact:
         facts["source_size"] = list(this.source_sizes[span.source.name])
+    if write.blurs_faces(span, this.config.write):
+        facts["faces"] = f"blurred by {face_blur()}"
     clip = Clip(
         id=span.id,
         source=span.source.name,

@@ -81,9 +81,18 @@ def signals_key(stage: Stage, source: Source) -> str:
 def clip_key(span: Span, size: tuple[int, int], config: write.WriteConfig) -> str:
     """The key of an encoded clip."""
     crf = None if span.source.exact else config.crf
+    faces = [face_blur()] if write.blurs_faces(span, config) else []
     return key_of(
-        "clip", write.VERSION, span.source.key, span.start, span.end, span.step, span.fps, size, crf, decoder()
+        "clip", write.VERSION, span.source.key, span.start, span.end, span.step, span.fps, size, crf, decoder(), *faces
     )
+
+
+@functools.cache
+def face_blur() -> str:
+    """What blurs faces, and its version."""
+    from worldloom.detectors import FaceGuard
+
+    return FaceGuard().fingerprint
 
 
 def scan_source(source: Source, job: Plan) -> Scan:

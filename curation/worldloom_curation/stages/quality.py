@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -143,11 +143,14 @@ SCORERS: dict[str, Callable[[QualityConfig], Scores]] = {"compression": Compress
 
 
 @dataclass(frozen=True)
-class _Known(QualityConfig):
-    """A config together with what the weights are."""
+class _Known:
+    """What the results depend on: the config, with the digest of the weights in the place of their paths."""
 
-    weights: str = ""
-    """Digest of the files; part of the key of every result."""
+    measure: str
+    threshold: float
+    reduce: str
+    rate: float
+    weights: str
 
 
 class QualityStage:
@@ -160,12 +163,14 @@ class QualityStage:
     Config = QualityConfig
 
     def __init__(self, config: QualityConfig) -> None:
-        self.config = _Known(**asdict(config), weights=_digest(config.clip, config.head))
+        digest = _digest(config.clip, config.head)
+        self.config = _Known(config.measure, config.threshold, config.reduce, config.rate, digest)
+        self._given = config
         self._scorer: Scores | None = None
 
     def observer(self, source: Source, fps: float) -> Observer | None:
         # A model is loaded once for all the sources of a worker.
-        self._scorer = self._scorer or SCORERS[self.config.measure](self.config)
+        self._scorer = self._scorer or SCORERS[self.config.measure](self._given)
         return PerFrame(self._scorer.score, max(1, round(fps / self.config.rate)))
 
     def decide(self, spans: Sequence[Span], signals: Mapping[str, Signals]) -> list[Verdict]:

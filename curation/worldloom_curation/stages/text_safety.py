@@ -7,7 +7,7 @@ on what could not be asked for. Comes after the stages that write captions.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -33,9 +33,10 @@ class TextSafetyConfig:
 
 
 @dataclass(frozen=True)
-class _Known(TextSafetyConfig):
-    guards: tuple[tuple[str, str], ...] = ()
-    """Name and fingerprint of each guard, or why it does not run: part of the key of every result."""
+class _Known:
+    """What the results depend on: name and fingerprint of each guard, or why it does not run."""
+
+    guards: tuple[tuple[str, str], ...]
 
 
 class TextSafetyStage:
@@ -67,7 +68,7 @@ class TextSafetyStage:
         ]
         if config.require and self._silent:
             raise WorldloomError("a guard of captions cannot run", got="; ".join(self._silent), do="install it")
-        self.config = _Known(**asdict(config), guards=tuple(sorted(checked.items())))
+        self.config = _Known(tuple(sorted(checked.items())))
 
     def observer(self, source: Source, fps: float) -> Observer | None:
         return None

@@ -9,17 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from worldloom.errors import WorldloomError
 
 if TYPE_CHECKING:
+    from worldloom.detectors import FaceGuard
     from worldloom.media import Limits
     from worldloom_curation.stage import Span
 
 VERSION = 1
+_FACES_AT_ONCE = 16  # frames
 
 PER_STEP = frozenset({"actions", "rewards"})
 """Arrays with a row for every step from one frame to the next: T-1 rows for T frames. All others have T."""
@@ -33,6 +35,8 @@ class WriteConfig:
     """Videos: clips are shrunk to this many pixels on the short side (never enlarged); 0 keeps the size."""
     crf: int = 18
     """Videos: x264's quality, 0 (best) to 51."""
+    faces: Literal["keep", "blur"] = "keep"
+    """Videos: make every face unrecognisable, by `worldloom.detectors.FaceGuard`. Our own episodes stay as they are."""
     samples_per_shard: int = 256
     """Clips in one tar file."""
     max_shard_bytes: int = 1 << 30
@@ -84,12 +88,41 @@ def encode_spans(
     for span in spans:
         assert span.start >= at, "spans must be in order"
         _skip(frames, span.start - at)
-        encoded = media.write_video(
-            None, _every(frames, span), span.fps / span.step, lossless=span.source.exact, crf=config.crf
-        )
+        taken = _every(frames, span)
+        if blurs_faces(span, config):
+            taken = without_faces(taken)
+        encoded = media.write_video(None, taken, span.fps / span.step, lossless=span.source.exact, crf=config.crf)
         assert encoded is not None
         save(span, encoded)
         at = span.end
+
+
+def blurs_faces(span: Span, config: WriteConfig) -> bool:
+    """Whether faces are blurred in a span's clip."""
+    return config.faces == "blur" and not span.source.exact
+
+
+def without_faces(frames: Iterator[np.ndarray], guard: FaceGuard | None = None) -> Iterator[np.ndarray]:
+    """The frames with their faces blurred, some at a time.
+
+    Each part is looked at with a frame before and after it: a face is blurred in its neighbours too.
+
+    Raises:
+        WorldloomError: no face detector is installed.
+    """
+    from worldloom.detectors import FaceGuard
+
+    guard = guard or FaceGuard()
+    before: list[np.ndarray] = []
+    part = list(islice(frames, _FACES_AT_ONCE))
+    while part:
+        after = list(islice(frames, 1))
+        window = np.stack([*before, *part, *after])
+        blurred = guard.check_video(window).frames
+        shown = window if blurred is None else blurred
+        yield from shown[len(before) : len(before) + len(part)]
+        before = part[-1:]
+        part = after + list(islice(frames, _FACES_AT_ONCE - 1)) if after else []
 
 
 def _skip(frames: Iterator[np.ndarray], count: int) -> None:
