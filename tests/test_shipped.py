@@ -104,3 +104,24 @@ def test_a_long_rollout_stays_in_the_range_of_its_world(episodes: Path) -> None:
     roughness = np.abs(np.diff(late, axis=2)).mean()
     assert roughness < 3 * np.abs(np.diff(truth.astype(float), axis=2)).mean()
     assert np.abs(np.diff(late, axis=0)).mean() > 0.2
+
+
+def test_a_prompt_decides_which_world_is_shown() -> None:
+    """Told apart by colour: Pong is orange, the medkits lie on a green floor."""
+    model = load_model("loom-predict-nano")
+    prompts = ["a game of Pong", "first-person view of a room with green acid floor and medical kits"]
+    made = media.to_frames(model.generate_video(None, None, 5, text=prompts, seed=11)).astype(float)
+    pong, health = made[:, -1]
+    assert pong.mean((0, 1))[0] > pong.mean((0, 1))[1] + 40  # red over green
+    floor = health[40:].mean((0, 1))
+    assert floor[1] > floor[0] + 10  # green over red
+    assert floor[1] > floor[2] + 10
+
+
+def test_given_frames_are_kept_exactly(episodes: Path) -> None:
+    model = load_model("loom-predict-nano")
+    start = media.to_tensor(media.read_frames(open_dataset(episodes).load(1).video or b"")[:5])
+    for given in (start[:, :, :1], start):
+        made = model.generate_video(given, None, 9, text=["walking through a maze"], seed=1)
+        assert torch.equal(made[:, :, : given.shape[2]], given)
+        assert made.shape[2] == 9

@@ -26,6 +26,13 @@ FAMILIES = {
 }
 
 MODELS = {
+    "loom-predict-nano": {
+        "target": "worldloom_model_zoo.predict.checkpoint:load",
+        "summary": "Video from text, an image or a video: eight simulated worlds, 64x64.",
+        "family": "predict",
+        "path": "weights/loom-predict-nano",
+        "sha256": "94f329617e16f469938a36f3c6c20432d4a5be230951ff57b61bb9dce4c65b2b",
+    },
     "loom-world-nano": {
         "target": "worldloom_model_zoo.predict.checkpoint:load",
         "summary": "Interactive world model of a 3-D maze (ViZDoom), 64x64, stepped by actions.",

@@ -1,7 +1,8 @@
 """Does text change the world? A classifier that real clips taught names what generated ones show.
 
 Each dataset is one kind of world. The classifier is held to real clips first: what it makes of those that it never
-saw bounds what the generated ones can reach.
+saw bounds what the generated ones can reach. It learns every clip three times, as it is, blurred, and through the
+model's tokenizer, so that it goes by what is shown and not by how sharp it is.
 """
 
 from __future__ import annotations
@@ -90,15 +91,21 @@ def measure(
         with torch.no_grad():
             return encoder.embed(media.to_tensor(frames[:: max(1, len(frames) // 4)]).to(pipeline.device))[0].cpu()
 
-    rows: list[list[torch.Tensor]] = [
-        [features(frames) for frames in _real(dataset, config, size)] for dataset in opened
-    ]
-    taught = [row[i] for row in rows for i in range(len(row)) if i % 4]
-    labels = [number for number, row in enumerate(rows) for i in range(len(row)) if i % 4]
+    taught, labels, kept, answers = [], [], [], []
+    for number, dataset in enumerate(opened):
+        for i, frames in enumerate(_real(dataset, config, size)):
+            if i % 4 == 0:
+                kept.append(features(frames))
+                answers.append(number)
+                continue
+            video = media.to_tensor(frames).to(pipeline.device)
+            with torch.no_grad():
+                again = pipeline.tokenizer.decode(pipeline.tokenizer.encode(video))
+            taught += [features(frames), features(_blurred(frames)), features(media.to_frames(again)[0])]
+            labels += [number] * 3
     classify = _classifier(torch.stack(taught), torch.tensor(labels), len(opened))
-    kept = [(number, row[i]) for number, row in enumerate(rows) for i in range(0, len(row), 4)]
-    named = classify(torch.stack([x for _, x in kept]))
-    real = float((named == torch.tensor([number for number, _ in kept])).float().mean())
+    named = classify(torch.stack(kept))
+    real = float((named == torch.tensor(answers)).float().mean())
 
     confusion = [[0] * len(opened) for _ in opened]
     videos = []
@@ -141,6 +148,12 @@ def _real(dataset: Dataset, config: PromptConfig, size: tuple[int, int]) -> list
         assert video is not None
         found.append(media.read_frames(video, size=size)[: config.frames])
     return found
+
+
+def _blurred(frames: np.ndarray) -> np.ndarray:
+    """At a quarter of the resolution."""
+    height, width = frames.shape[1:3]
+    return np.stack([media.resize(media.resize(frame, (height // 4, width // 4)), (height, width)) for frame in frames])
 
 
 def _classifier(x: torch.Tensor, labels: torch.Tensor, classes: int) -> Callable[[torch.Tensor], Any]:

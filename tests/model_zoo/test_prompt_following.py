@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 
 from worldloom import media
@@ -47,6 +48,7 @@ class Painter:
     def __init__(self, answer: Callable[[str], str]) -> None:
         self.answer, self.device = answer, torch.device("cpu")
         self.config = PredictCheckpoint(height=64, width=64)
+        self.tokenizer = tiny_models.tokenizer()
 
     def encode_text(self, texts: list[str]) -> torch.Tensor:
         return torch.zeros(len(texts), 1, 1)
