@@ -442,9 +442,14 @@ def test_a_real_server_makes_a_video_and_stops(folder: Path, image: str, tmp_pat
     import httpx
 
     command = [sys.executable, "-m", "worldloom", "serve", str(folder), "--port", "0", "--out", str(tmp_path / "out")]
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "WORLDLOOM_TOKEN": "sesame"}
-    ) as process:
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in the background of a shell
+    try:
+        process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, env={**os.environ, "WORLDLOOM_TOKEN": "sesame"}
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
         try:
             assert process.stderr is not None
             line = process.stderr.readline()
