@@ -50,8 +50,8 @@ AIM = 0.7
 def picture(seed: int, height: int, width: int) -> np.ndarray:
     """Smooth colours with fine noise: ``(h, w, 3)`` uint8."""
     rng = np.random.default_rng(seed)
-    coarse = rng.integers(0, 200, (1, 6, 8, 3), dtype=np.uint8)
-    smooth = media.resize(coarse, (height, width))[0]
+    coarse = rng.integers(0, 200, (6, 8, 3), dtype=np.uint8)
+    smooth = media.resize(coarse, (height, width))
     return smooth + rng.integers(0, 30, smooth.shape, dtype=np.uint8)
 
 

@@ -16,6 +16,7 @@ import os
 import re
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,6 +106,10 @@ class Entry:
         return data
 
 
+_DAMAGED = (ValueError, KeyError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What an array's bytes may raise that are not what they should be (of a zip, encryption and methods it lacks too)."""
+
+
 def unpack(where: str | Path, key: str, members: Mapping[str, bytes], kind: Kind) -> ShardSample:
     """The sample that `pack` made these members (extension -> bytes) of.
 
@@ -121,7 +126,7 @@ def unpack(where: str | Path, key: str, members: Mapping[str, bytes], kind: Kind
             data = members[extension]
             try:
                 arrays[name] = _load_npy(data) if extension.endswith(".npy") else _load_npz(data)
-            except (ValueError, KeyError, OSError, zipfile.BadZipFile, EOFError, SyntaxError) as error:
+            except _DAMAGED as error:
                 raise bad_member(where, f"{key}.{extension}", str(error)) from error
             _check_array(clip, name, arrays[name])
     _check_codes(clip, arrays)
@@ -287,7 +292,10 @@ def _npy_header(head: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
     buffer = io.BytesIO(head)
     reader = np.lib.format.read_array_header_1_0 if head[6] == 1 else np.lib.format.read_array_header_2_0
     np.lib.format.read_magic(buffer)
-    shape, fortran, dtype = reader(buffer)
+    try:
+        shape, fortran, dtype = reader(buffer)
+    except Exception as error:  # it parses Python, and raises whatever that raises: SyntaxError, TokenError, TypeError
+        raise ValueError(f"its header cannot be read: {error}") from error
     if dtype.hasobject or dtype.fields is not None:
         raise ValueError(f"dtype {dtype} is not plain numbers; pickled objects are never loaded")
     return shape, fortran, dtype
