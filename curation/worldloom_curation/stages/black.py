@@ -27,7 +27,7 @@ class BlackConfig:
 
     level: float = 24.0
     """Grey level (0 to 255) under which a pixel is black."""
-    share: float = 0.98
+    share: float = 0.995
     """Share of the pixels that must be."""
     seconds: float = 0.1
     """Shortest stretch that is cut out."""

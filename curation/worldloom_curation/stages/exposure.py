@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class ExposureConfig:
     """Too dark, too bright."""
 
-    threshold: float = 0.03
+    threshold: float = 0.01
     """Least share of pixels (0 to 1) that are neither dark nor bright."""
     dark: int = 16
     """Grey level up to which a pixel is dark."""

@@ -10,8 +10,8 @@ Collected are thumbnails: `SIDE` x `SIDE` grey levels, `rate` times a second. Fr
    counts the less the more spans share its key: among the spans of one fixed camera only their movement tells.
 2. Registration. For the candidates with most hits, the window of the one that looks most like the other is searched
    for, from the crop whose coefficients are most like the other's.
-3. Comparison, of every aligned pair of thumbnails. The picture: correlation of grey levels. The movement: correlation
-   of what differs from the span's mean picture. A camera that looks at one place all day gives equal pictures with
+3. Comparison, of the aligned thumbnails. The picture: correlation of grey levels. The movement: correlation of what
+   differs from the mean picture. A camera that looks at one place all day gives equal pictures with
    other movements, which are no copies; spans in which both stand still go by the picture alone.
 
 Similarity is the lesser of the two correlations, from -1 to 1. Which of two is kept: the one with more pixels, then the
@@ -52,14 +52,14 @@ _AT_ONCE = 64  # spans whose crops are looked up at once
 _ROUGHLY = 0.4  # least correlation of the pictures' coefficients before registration
 _ALIGNED = 5  # samples that are registered
 _GRID = 64  # steps in which the edges of a crop are searched for
-_STILL = 1.0  # grey levels: a span whose thumbnails vary less stands still
+_STILL = 1.5  # grey levels: a span whose thumbnails vary less stands still
 
 
 @dataclass(frozen=True)
 class NearDuplicatesConfig:
     """Copies that were encoded again, resized, cropped or shifted."""
 
-    threshold: float = 0.5
+    threshold: float = 0.52
     """Least similarity (-1 to 1) of a near-copy."""
     share: float = 0.5
     """Share of a span that must be in the other one for it to be dropped."""
@@ -267,22 +267,23 @@ def register(whole: np.ndarray, crop: np.ndarray, start: Window) -> Window:
 def compare(first: np.ndarray, second: np.ndarray, least: int) -> Match:
     """Compare two spans' thumbnails, float ``(n, s, s)`` and ``(m, s, s)`` of equal windows, at their best shift.
 
+    The correlation of movement is one number over all shared samples and pixels, each less the pixel's mean over those
+    samples, so that moments in which nothing moves, of which only noise is left, hardly count.
+
     Args:
         least: samples that a shift must leave in common.
     """
     n, m = len(first), len(second)
-    rests = _rest(first), _rest(second)
-    levels = [float(rest.std()) for rest in rests]
-    moves = max(levels) >= _STILL
+    moves = max(float(_rest(pictures).std()) for pictures in (first, second)) >= _STILL
     picture = _flat(first) @ _flat(second).T
-    movement = _flat(rests[0]) @ _flat(rests[1]).T if moves else picture
     best = Match(-1.0, 0, 0, moves)
     for shift in range(least - n, m - least + 1):
         rows = np.arange(max(0, -shift), min(n, m - shift))
-        # Weighed by how much there is to see: a moment in which nothing moves compares noise.
-        weights = np.linalg.norm(rests[0].reshape(n, -1)[rows], axis=1) if moves else np.ones(len(rows))
-        moved = float(np.average(movement[rows, rows + shift], weights=weights + 1e-6))
-        similarity = min(moved, float(picture[rows, rows + shift].mean()))
+        similarity = float(picture[rows, rows + shift].mean())
+        if moves and similarity > best.similarity:
+            one, other = _rest(first[rows]), _rest(second[rows + shift])
+            scale = float(np.linalg.norm(one) * np.linalg.norm(other))
+            similarity = min(similarity, float((one * other).sum()) / max(scale, 1e-6))
         if similarity > best.similarity:
             best = Match(similarity, shift, len(rows), moves)
     return best
