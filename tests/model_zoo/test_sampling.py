@@ -474,9 +474,7 @@ def test_texts_are_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("batched", [False, True])
-def test_a_text_is_read_once_for_all_steps_and_changes_nothing(
-    monkeypatch: pytest.MonkeyPatch, batched: bool
-) -> None:
+def test_a_text_is_read_once_for_all_steps_and_changes_nothing(monkeypatch: pytest.MonkeyPatch, batched: bool) -> None:
     torch.manual_seed(0)
     config = replace(tiny(), context_dim=16, text_dim=12, attention="full")
     model = PredictTransformer(config).double()
