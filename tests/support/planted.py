@@ -1,9 +1,4 @@
-"""What curation finds of what was planted: near-copies and hard cuts, in real videos.
-
-    python benchmarks/curation_planted.py near-copies VIDEOS      precision and recall on planted pairs
-    python benchmarks/curation_planted.py cuts VIDEOS             F1 of the shot detectors on spliced videos
-
-VIDEOS is a folder of videos, of which no two show the same. Everything random is drawn from --seed.
+"""Near-copies and hard cuts, planted in real videos, and how many of them are found.
 
 Near-copies: the videos are cut into originals of two seconds that do not overlap; where those are fewer than asked for,
 mirrored ones are added, then upside-down ones. Each original gets one copy: cropped (each side by up to 15 %), resized
@@ -11,17 +6,16 @@ mirrored ones are added, then upside-down ones. Each original gets one copy: cro
 a low quality. A pair is found if the two are named as copies of each other; anything else that is named is a mistake.
 What there is to confuse are the originals: many are of one camera that does not move.
 
-Cuts: shots of 0.8 to 3 seconds of the videos, in random order and all of one size, spliced and encoded. A cut is found
-if one is given within two frames of it.
+Cuts: shots of 0.8 to 3 seconds, also mirrored and turned, in random order and all of one size, spliced and encoded;
+never two of the same view in a row, which can join without a cut to see. A cut is found if one is given within two
+frames of it.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -46,11 +40,11 @@ class Part:
     frames: np.ndarray
 
 
-def parts(folder: Path, seconds: float, count: int) -> list[Part]:
+def parts(folder: Path, seconds: float, count: int, without: Sequence[str] = ()) -> list[Part]:
     """Consecutive pieces of every video at `FPS`, then mirrored, then turned by 180 degrees, until there are enough."""
     plain: list[Part] = []
     length = round(seconds * FPS)
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+    for path in sorted(path for path in folder.iterdir() if path.is_file() and path.stem not in without):
         info = media.probe(path)
         scale = min(1.0, SIDE / min(info.height, info.width))
         size = (round(info.height * scale / 2) * 2, round(info.width * scale / 2) * 2)
@@ -62,9 +56,7 @@ def parts(folder: Path, seconds: float, count: int) -> list[Part]:
         plain += [Part(f"{path.stem} {first}", np.stack(frames[first : first + length])) for first in starts]
     mirrored = [Part(f"{part.name} mirrored", part.frames[:, :, ::-1]) for part in plain]
     turned = [Part(f"{part.name} turned", part.frames[:, ::-1, ::-1]) for part in plain]
-    found = [*plain, *mirrored, *turned][:count]
-    print(f"{len(found)} originals: {min(count, len(plain))} as they are, the others mirrored or turned")
-    return found
+    return [*plain, *mirrored, *turned][:count]
 
 
 def encode(path: Path, frames: np.ndarray, fps: int, codec: str, crf: int) -> Path:
@@ -108,29 +100,26 @@ def watched(stage: Any, frames: Any, source: Source, fps: float) -> dict[str, np
     return observer.result()
 
 
-def near_copies(args: argparse.Namespace) -> dict[str, Any]:
-    """Plant near-copies and look for them."""
-    rng = np.random.default_rng(args.seed)
+def near_copies(folder: Path, pairs: int, seed: int, without: Sequence[str]) -> dict[str, Any]:
+    """Plant near-copies in the videos of a folder, of which no two show the same, and look for them."""
+    rng = np.random.default_rng(seed)
     stage = NearDuplicatesStage(NearDuplicatesConfig())
     spans: list[Span] = []
     signals: dict[str, dict[str, np.ndarray]] = {}
 
     def add(name: str, frames: np.ndarray, fps: int, codec: str, crf: int) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            path = encode(Path(folder) / "clip.mkv", frames, fps, codec, crf)
+        with tempfile.TemporaryDirectory() as scratch:
+            path = encode(Path(scratch) / "clip.mkv", frames, fps, codec, crf)
             source = Source(name, name, name, name)
             decoded = list(media.iter_frames(path))
         signals[name] = watched(stage, decoded, source, fps)
         spans.append(Span(source, 0, len(decoded), float(fps)))
 
-    originals = parts(args.videos, 2.0, args.pairs)
+    originals = parts(folder, 2.0, pairs, without)
     for part in originals:
         add(part.name, part.frames, FPS, "libx264", 20)
     for part in originals:
         add(f"{part.name} copy", *copy_of(part, rng))
-    if args.keep:
-        arrays = {f"{key}|{name}": value for key, found in signals.items() for name, value in found.items()}
-        np.savez(args.keep, **arrays, spans=np.array([[span.source.name, str(span.end)] for span in spans]))
     start = time.perf_counter()
     verdicts = stage.decide(spans, signals)
     seconds = time.perf_counter() - start
@@ -149,23 +138,24 @@ def near_copies(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def cuts(args: argparse.Namespace) -> dict[str, Any]:
-    """Splice shots and look for the cuts."""
-    rng = np.random.default_rng(args.seed)
-    shots = [part.frames for part in parts(args.videos, 3.0, 10_000) if "mirrored" not in part.name]
+def cuts(folder: Path, count: int, seed: int, without: Sequence[str]) -> dict[str, Any]:
+    """Splice shots of the videos of a folder, that hold no cuts themselves, and look for the cuts."""
+    rng = np.random.default_rng(seed)
+    taken = parts(folder, 3.0, 10_000, without)
+    shots, views = [part.frames for part in taken], [_view(part.name) for part in taken]
     size = (180, 240)
     frames: list[np.ndarray] = []
     planted: list[int] = []
     before = -1
-    while len(planted) < args.cuts:
-        number = int(rng.choice([i for i in range(len(shots)) if i != before]))
+    while len(planted) < count:
+        number = int(rng.choice([i for i in range(len(shots)) if before < 0 or views[i] != views[before]]))
         length = min(len(shots[number]), int(rng.integers(round(0.8 * FPS), 3 * FPS)))
         if frames:
             planted.append(len(frames))
         frames += list(media.fit(shots[number][:length], size))
         before = number
-    with tempfile.TemporaryDirectory() as folder:
-        path = encode(Path(folder) / "spliced.mkv", np.stack(frames), FPS, "libx264", 26)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = encode(Path(scratch) / "spliced.mkv", np.stack(frames), FPS, "libx264", 26)
         decoded = list(media.iter_frames(path))
     source = Source("spliced", "spliced", "spliced", "spliced")
     result: dict[str, Any] = {"frames": len(frames), "cuts": len(planted)}
@@ -191,20 +181,7 @@ def cuts(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def main() -> None:
-    """Parse the command line, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["near-copies", "cuts"])
-    parser.add_argument("videos", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pairs", type=int, default=200)
-    parser.add_argument("--cuts", type=int, default=60, help="cuts to plant")
-    parser.add_argument("--keep", type=Path, help="keep what was collected in this npz file")
-    args = parser.parse_args()
-    result = {"near-copies": near_copies, "cuts": cuts}[args.what](args)
-    json.dump(result, sys.stdout, indent=1)
-    print()
-
-
-if __name__ == "__main__":
-    main()
+def _view(name: str) -> tuple[str, ...]:
+    """Video of a part, and whether it is mirrored or turned: of one fixed camera two parts may join without a cut."""
+    video, _, *turned = name.split()
+    return (video, *turned)
