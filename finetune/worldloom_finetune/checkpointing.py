@@ -198,9 +198,11 @@ def read_latest(root: Path) -> TrainState | None:
 
 
 def sweep(root: Path) -> None:
-    """Remove what a killed run left behind: temporary folders, and steps that ``latest`` never reached."""
+    """Remove what a killed run left behind: temporary folders and files, and steps that ``latest`` never reached."""
     pointer = root / "latest"
     newest = pointer.read_text().strip() if pointer.is_file() else ""
     for item in root.glob("*") if root.is_dir() else ():
         if item.is_dir() and (item.name.startswith(".") or item.name > newest):
             shutil.rmtree(item)
+        elif item.name.startswith("."):
+            item.unlink()

@@ -68,6 +68,7 @@ def test_a_state_that_latest_never_reached_does_not_count(tmp_path: Path) -> Non
     checkpointing.commit(tmp_path, _state(10), keep=3)
     (tmp_path / "latest").write_text("step-00000005")  # as if killed between the folder and the pointer
     (tmp_path / ".step-00000015.abc.worldloom-tmp").mkdir()
+    (tmp_path / ".latest.0123.worldloom-tmp").write_text("step-000")  # a kill while the pointer was written
     checkpointing.sweep(tmp_path)
     state = checkpointing.read_latest(tmp_path)
     assert state is not None

