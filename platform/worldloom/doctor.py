@@ -64,7 +64,7 @@ _NEEDS: Mapping[str, tuple[str, ...]] = {
 }
 
 SIZES: tuple[tuple[str, float], ...] = (
-    ("Cosmos-Predict2.5 0.6B", 0.6e9),
+    ("Cosmos-Predict2 0.6B", 0.6e9),
     ("Cosmos-Predict2.5 2B", 2.0e9),
     ("Cosmos-Predict2.5 14B", 14.0e9),
 )

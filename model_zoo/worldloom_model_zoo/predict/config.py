@@ -134,7 +134,7 @@ class SamplerConfig:
     sigma_max: float = 200.0
     """Greatest sigma of a Karras schedule; 200 for Cosmos 2.5 post-trained, 80 for Predict2 and Cosmos 1."""
     sigma_data: float = 0.5
-    """Standard deviation of the latents that an EDM model was trained with; ours and Cosmos 1's is 0.5."""
+    """Standard deviation of the latents that an EDM model was trained with: 0.5 for Cosmos 1, about 1 for ours."""
     round_levels: bool = False
     """Show the network noise levels cut to whole thousandths, as NVIDIA's code does for Cosmos 2.5."""
     guidance_scale: float = 1.0
