@@ -122,9 +122,9 @@ def _full() -> fastapi.HTTPException:
 
 
 def _describe(name: str, model: Any) -> dict[str, Any]:
-    from worldloom.protocols import CAPABILITIES
+    from worldloom.protocols import capabilities
 
-    able = [capability.__name__.lower() for capability in CAPABILITIES if isinstance(model, capability)]
+    able = [name.lower() for name in capabilities(model)]
     facts = model.provenance()
     settings = facts.get("checkpoint") or {}
     return {

@@ -421,7 +421,7 @@ def require_acts(model: Any, name: str, mode: str) -> Any:
 
 
 def _abilities(model: Any) -> str:
-    from worldloom.protocols import CAPABILITIES
+    from worldloom.protocols import capabilities
 
-    able = [capability.__name__ for capability in CAPABILITIES if isinstance(model, capability)]
+    able = capabilities(model)
     return ", ".join(able).lower() or "nothing"

@@ -288,3 +288,12 @@ class ChecksVideo(Protocol):
 
 
 CAPABILITIES: Sequence[type] = (Generates, Steps, Answers, Embeds, Renders, Plans, InfersActions, Acts)
+
+
+def capabilities(model: object) -> list[str]:
+    """Names of the protocols of `CAPABILITIES` that a model implements, but for those that it says it lacks.
+
+    A class may have the methods of more than one of its checkpoints can do; ``lacks`` then names the others.
+    """
+    lacks = getattr(model, "lacks", ())
+    return [c.__name__ for c in CAPABILITIES if isinstance(model, c) and c.__name__ not in lacks]

@@ -14,7 +14,7 @@ import torch
 
 from worldloom import media
 from worldloom.errors import WorldloomError
-from worldloom.protocols import Generates, Steps, VideoTokenizer
+from worldloom.protocols import Generates, Steps, VideoTokenizer, capabilities
 from worldloom.schema import GenerationRequest
 from worldloom_model_zoo import load_model
 from worldloom_model_zoo.predict import checkpoint
@@ -396,3 +396,12 @@ def test_an_adapter_on_another_base_is_refused(folder: Path, tmp_path: Path) -> 
     shutil.rmtree(base)
     with pytest.raises(WorldloomError, match="has no weights"):
         load_model(tmp_path / "adapter")
+
+
+def test_a_checkpoint_offers_what_it_can_do(pipeline: PredictPipeline) -> None:
+    assert capabilities(pipeline) == ["Generates", "Steps"]
+    tokenizer, config = pipeline.tokenizer, pipeline.config
+    acting = PredictTransformer(replace(pipeline.model.config, action_head=True))
+    assert capabilities(PredictPipeline(acting, tokenizer, config)) == ["Generates", "Steps", "InfersActions", "Acts"]
+    whole = PredictTransformer(replace(pipeline.model.config, attention="full", window=0))
+    assert capabilities(PredictPipeline(whole, tokenizer, config)) == ["Generates"]

@@ -60,6 +60,13 @@ class PredictPipeline:
         return self.model.config.action_dim
 
     @property
+    def lacks(self) -> tuple[str, ...]:
+        """Protocols whose methods this checkpoint cannot carry out."""
+        config = self.model.config
+        stepped = () if config.attention == "causal" else ("Steps",)
+        return stepped if config.action_head else (*stepped, "InfersActions", "Acts")
+
+    @property
     def frames_per_step(self) -> int:
         """Video frames, and actions, of one `step`."""
         return self.tokenizer.temporal_ratio
