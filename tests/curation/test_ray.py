@@ -64,8 +64,8 @@ def test_ray_gives_the_same_bytes_as_this_process(tmp_path: Path) -> None:
     assert any(row.failed for row in load_ledger(tmp_path / "ray"))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
-def test_without_ray_the_extra_is_named() -> None:
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # as where it is not installed
     with pytest.raises(WorldloomError, match="ray is not installed"):
         executor("ray", 1)
     assert load(overrides=["executor='ray'"]).executor == "ray"
