@@ -99,6 +99,26 @@ def pickle_refused(pickle: Path, out: Path) -> WorldloomError:
     )
 
 
+def misfit(own: Mapping[str, Tensor], names: Mapping[str, str], weights: Mapping[str, Tensor]) -> str:
+    """How published weights differ from a model's; empty if they fit.
+
+    Args:
+        own: the model's tensors.
+        names: its keys -> the published ones.
+        weights: the published tensors, without those that may be left over.
+    """
+    missing = sorted(theirs for theirs in names.values() if theirs not in weights)
+    unmatched = sorted(weights.keys() - set(names.values()))
+    shapes = [
+        f"{names[key]} {tuple(weights[names[key]].shape)}, not {tuple(tensor.shape)}"
+        for key, tensor in own.items()
+        if names[key] in weights and weights[names[key]].shape != tensor.shape
+    ]
+    if not (missing or unmatched or shapes):
+        return ""
+    return f"missing {missing[:3]}, unmatched {unmatched[:3]}, other shape {shapes[:3]}"
+
+
 def assign_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
     """Load every tensor into the model's own dtype; no missing key, no unmatched key, no other shape.
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from worldloom.errors import WorldloomError
+from worldloom.weights import misfit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,18 +47,11 @@ def from_released(
 
     own = {key: value for key, value in model.state_dict().items() if key not in _STATISTICS}
     renamed = _renaming(own, names, layout)
-    given = weights.keys() - set(unused)
-    missing = sorted(renamed[key] for key in own if renamed[key] not in weights)
-    unmatched = sorted(given - set(renamed.values()))
-    shapes = [
-        f"{renamed[key]} {tuple(weights[renamed[key]].shape)}, not {tuple(tensor.shape)}"
-        for key, tensor in own.items()
-        if renamed[key] in weights and weights[renamed[key]].shape != tensor.shape
-    ]
-    if missing or unmatched or shapes:
+    left_over = set(unused) - set(renamed.values())
+    if found := misfit(own, renamed, {key: value for key, value in weights.items() if key not in left_over}):
         raise WorldloomError(
             f"these weights are of another variant than the {layout} layout of {type(model).__name__} asked for",
-            got=f"missing {missing[:3]}, unmatched {unmatched[:3]}, other shape {shapes[:3]}",
+            got=found,
             do="name the variant that the checkpoint is of",
         )
     with torch.no_grad():

@@ -21,7 +21,7 @@ from worldloom import config as configs
 from worldloom.artifacts import atomic_dir, atomic_file, file_digest
 from worldloom.convert import PICKLED
 from worldloom.errors import WorldloomError
-from worldloom.weights import find_pickles, pickle_refused, read_weights, write_weights
+from worldloom.weights import find_pickles, misfit, pickle_refused, read_weights, write_weights
 from worldloom_model_zoo.predict.config import (
     PredictCheckpoint,
     PredictConfig,
@@ -471,17 +471,10 @@ def _differences(facts: Mapping[str, Any], config: PredictConfig) -> list[str]:
 
 
 def _match(own: Mapping[str, Tensor], names: Mapping[str, str], weights: Mapping[str, Tensor], layout: Layout) -> None:
-    missing = sorted(theirs for theirs in names.values() if theirs not in weights)
-    unmatched = sorted(weights.keys() - set(names.values()))
-    shapes = [
-        f"{names[key]} {tuple(weights[names[key]].shape)}, not {tuple(tensor.shape)}"
-        for key, tensor in own.items()
-        if names[key] in weights and weights[names[key]].shape != tensor.shape
-    ]
-    if missing or unmatched or shapes:
+    if found := misfit(own, names, weights):
         raise WorldloomError(
             f"these weights do not fit the {layout} layout of the network",
-            got=f"missing {missing[:3]}, unmatched {unmatched[:3]}, other shape {shapes[:3]}",
+            got=found,
             do="name the variant that the checkpoint is of, or copy it again, whole",
         )
 
