@@ -119,7 +119,7 @@ def test_too_short_a_rollout_is_refused(tmp_path: Path) -> None:
 
 
 def test_without_the_encoder_the_distance_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worldloom_tokenizers.efficientnet._WHEEL", "not_installed")
+    monkeypatch.setattr("worldloom_tokenizers.efficientnet._FILE", "not_installed/weights.pth")
     monkeypatch.setenv("WORLDLOOM_HOME", "/nonexistent")
     result = replayed(CLIPS[3:6], distance=True)
     assert "distance" not in result.statistics
