@@ -32,3 +32,21 @@ def test_the_gradient_of_a_kernel_over_small_frames_is_right_in_bfloat16(autocas
         made.sum().backward()
         assert weight.grad is not None
         torch.testing.assert_close(weight.grad.double(), exact.grad, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(("stride", "padding"), [(1, 1), (2, 0), ((1, 2, 2), (0, 1, 1))])
+@torch.no_grad()
+def test_a_convolution_over_small_frames_is_torchs(
+    stride: int | tuple[int, int, int], padding: int | tuple[int, int, int]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 6, 9, 7, generator=generator)
+    kernel, bias = torch.randn(4, 5, 3, 3, 3, generator=generator), torch.randn(4, generator=generator)
+    for kept in (torch.contiguous_format, torch.channels_last_3d):
+        frames, weight = x.contiguous(memory_format=kept), kernel.contiguous(memory_format=kept)
+        for added in (bias, None):
+            exact = None if added is None else added.double()
+            expected = torch.nn.functional.conv3d(x.double(), kernel.double(), exact, stride, padding)
+            torch.testing.assert_close(
+                conv3d(frames, weight, added, stride, padding).double(), expected, rtol=1e-5, atol=1e-4
+            )
