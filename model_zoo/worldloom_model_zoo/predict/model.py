@@ -76,10 +76,10 @@ class ReadText:
 # -- positions and time ----------------------------------------------------------------------------------------------
 
 
-def rotary_angles(
+def rotations(
     config: PredictConfig, frames: int, height: int, width: int, offset: int, like: Tensor, fps: float | None = None
-) -> Tensor:
-    """Rotation angles ``(frames*height*width, e/2)`` of tokens whose first frame stands at ``offset``.
+) -> tuple[Tensor, Tensor]:
+    """What `rotate` takes for ``frames*height*width`` tokens, the first frame at ``offset``; in the type of ``like``.
 
     A head's pairs are shared out to time, height and width: height and width take ``e // 6`` each, time the rest.
     NTK scaling multiplies the base of an axis of 2m components by ratio ** (m / (m - 1)).
@@ -102,14 +102,18 @@ def rotary_angles(
         shape = [1, 1, 1, count]
         shape[axis] = len(position)
         axes.append(torch.outer(position, frequencies).view(shape).expand(frames, height, width, count))
-    return torch.cat(axes, dim=-1).reshape(frames * height * width, -1)
+    angles = torch.cat(axes, dim=-1).reshape(frames * height * width, -1)
+    cos, sin = angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate ``(b, k, tokens, e)``: component i is paired with i + e/2 (Su et al. 2021, half-split layout)."""
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate ``(b, k, tokens, e)``: component i is paired with i + e/2 (Su et al. 2021, half-split layout).
+
+    ``turn``: the cosine of each component's angle ``(tokens, e)``, and its sine, negative in the first half.
+    """
+    cos, sin = (part.to(x.dtype) for part in turn)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def sinusoid(timestep: Tensor, size: int) -> Tensor:
@@ -168,7 +172,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class Modulation(nn.Module):
-    """AdaLN-LoRA: ``(b, t, d)`` -> ``parts`` tensors ``(b, t, 1, d)``, low-rank plus the shared term."""
+    """AdaLN-LoRA: SiLU of the embedding ``(b, t, d)`` -> ``parts`` tensors ``(b, t, 1, d)``, low-rank plus shared."""
 
     def __init__(self, width: int, rank: int, parts: int) -> None:
         super().__init__()
@@ -177,7 +181,7 @@ class Modulation(nn.Module):
         self.up = nn.Linear(rank, parts * width, bias=False)
 
     def forward(self, embedding: Tensor, shared: Tensor) -> tuple[Tensor, ...]:
-        modulation = self.up(self.down(F.silu(embedding))) + shared[..., : self.parts * self.width]
+        modulation = self.up(self.down(embedding)) + shared[..., : self.parts * self.width]
         return modulation.unsqueeze(2).chunk(self.parts, dim=-1)
 
 
@@ -242,7 +246,7 @@ class Block(nn.Module):
         x: Tensor,
         embedding: Tensor,
         shared: Tensor,
-        angles: Tensor,
+        turn: tuple[Tensor, Tensor],
         text: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
         past: tuple[Tensor, Tensor] | None,
@@ -256,21 +260,21 @@ class Block(nn.Module):
         shift, scale, gate = self.modulate_self(embedding, shared)
         hidden = (self.norm(x) * (1 + scale) + shift).flatten(1, 2)  # (b, t, n, d) -> (b, t*n, d)
         new_keys, new_values = self.self_attn.keys_values(hidden)
-        queries, new_keys = rotate(self.self_attn.queries(hidden), angles), rotate(new_keys, angles)
+        queries, new_keys = rotate(self.self_attn.queries(hidden), turn), rotate(new_keys, turn)
         keys, values = new_keys, new_values
         if past is not None:
             keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
-        x = x + gate * self.self_attn.attend(queries, keys, values, mask).unflatten(1, frames_tokens)
+        x = torch.addcmul(x, gate, self.self_attn.attend(queries, keys, values, mask).unflatten(1, frames_tokens))
 
         if self.cross_attn is not None and text is not None:
             shift, scale, gate = self.modulate_cross(embedding, shared)
             hidden = (self.norm(x) * (1 + scale) + shift).flatten(1, 2)
             hidden = hidden.reshape(len(text[0]), -1, hidden.shape[-1])  # (b, v*t'*n, d) -> (b*v, t'*n, d)
             out = self.cross_attn.attend(self.cross_attn.queries(hidden), *text)
-            x = x + gate * out.reshape(x.shape)
+            x = torch.addcmul(x, gate, out.reshape(x.shape))
 
         shift, scale, gate = self.modulate_mlp(embedding, shared)
-        x = x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)
+        x = torch.addcmul(x, gate, self.mlp(self.norm(x) * (1 + scale) + shift))
         return x, new_keys, new_values
 
 
@@ -440,10 +444,12 @@ class PredictTransformer(nn.Module):
                 embedding = self.time_norm(embedding + to_embedding)
         else:
             embedding = self.time_norm(embedding)
+        embedding = F.silu(embedding)  # as every modulation takes it
 
         context = text if isinstance(text, ReadText) else self.read_text(text, b, text_mask, views=count)
 
-        angles = rotary_angles(config, t // count, rows, columns, offset, x, fps).repeat(count, 1)
+        cos, sin = rotations(config, t // count, rows, columns, offset, x, fps)
+        turn = cos.repeat(count, 1), sin.repeat(count, 1)
         positions = self.positions(t, rows, columns, offset).to(x.dtype) if self.positions is not None else None
         mask = self._mask(t, rows * columns, cache, x.device)
         keys, values, entered = [], [], tokens
@@ -455,7 +461,7 @@ class PredictTransformer(nn.Module):
             if positions is not None:
                 tokens = tokens + positions
             seen = context.of_blocks[index] if context is not None else None
-            tokens, new_keys, new_values = block(tokens, embedding, shared, angles, seen, mask, past)
+            tokens, new_keys, new_values = block(tokens, embedding, shared, turn, seen, mask, past)
             if commit:
                 keys.append(new_keys)
                 values.append(new_values)
