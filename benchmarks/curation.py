@@ -55,14 +55,14 @@ def picture(seed: int, height: int, width: int) -> np.ndarray:
     return smooth + rng.integers(0, 30, smooth.shape, dtype=np.uint8)
 
 
-def encode(path: Path, encoder: str, shots: int, frames: int, size: tuple[int, int]) -> None:
-    """Shots of a picture that glides, 25 frames a second."""
+def encode(path: Path, encoder: str, shots: int, frames: int, size: tuple[int, int], seed: int = 0) -> None:
+    """Shots of pictures that glide, 25 frames a second."""
     height, width = size
     with av.open(str(path), "w") as out:
         stream: Any = out.add_stream(encoder, rate=Fraction(25), options={"preset": "veryfast", "g": "50"})
         stream.height, stream.width, stream.pix_fmt, stream.codec_context.thread_count = height, width, "yuv420p", 1
         for shot in range(shots):
-            still = picture(shot, height, width)
+            still = picture(seed + shot, height, width)
             for i in range(frames):
                 frame = av.VideoFrame.from_ndarray(np.roll(still, 3 * i, axis=1), format="rgb24")
                 out.mux(stream.encode(frame))
@@ -73,7 +73,7 @@ def make(folder: Path) -> None:
     """Six videos of 640x480 in three codecs, three shots of four seconds each."""
     for number in range(6):
         encoder = ("libx264", "mpeg4", "libx264")[number % 3]
-        encode(folder / f"{number}.{'avi' if encoder == 'mpeg4' else 'mp4'}", encoder, 3, 100, (480, 640))
+        encode(folder / f"{number}.{'avi' if encoder == 'mpeg4' else 'mp4'}", encoder, 3, 100, (480, 640), 3 * number)
 
 
 def make_long(path: Path, minutes: float) -> None:

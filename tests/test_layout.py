@@ -38,7 +38,7 @@ EXPORTS = {
         "load_text_encoder",
         "load_tokenizer",
     ],
-    "worldloom_curation": ["CurateConfig", "Observer", "Source", "Span", "Stage", "Verdict"],
+    "worldloom_curation": ["CurateConfig", "Frame", "Observer", "Source", "Span", "Stage", "Verdict"],
     "worldloom_model_zoo": ["KVCache", "PredictConfig", "PredictPipeline", "PredictTransformer", "load_model"],
     "worldloom_finetune": [],
 }
@@ -47,7 +47,7 @@ EXPORTS = {
 HEAVY = {
     *("torch", "lightning", "pytorch_lightning", "deepspeed", "peft", "transformers", "diffusers", "torchmetrics"),
     *("mlflow", "ray", "av", "cv2", "PIL", "scenedetect", "webdataset", "pyarrow", "pandas", "gymnasium", "vizdoom"),
-    *("fastapi", "uvicorn", "pydantic", "rich", "fsspec", "safetensors", "numpy"),
+    *("xxhash", "fastapi", "uvicorn", "pydantic", "rich", "fsspec", "safetensors", "numpy"),
 }
 
 

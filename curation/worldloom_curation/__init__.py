@@ -8,14 +8,16 @@ from worldloom.lazy import exports
 
 if TYPE_CHECKING:
     from worldloom_curation.config import CurateConfig
+    from worldloom_curation.pictures import Frame
     from worldloom_curation.stage import Observer, Source, Span, Stage, Verdict
 
-__all__ = ["CurateConfig", "Observer", "Source", "Span", "Stage", "Verdict"]
+__all__ = ["CurateConfig", "Frame", "Observer", "Source", "Span", "Stage", "Verdict"]
 
 __getattr__ = exports(
     __name__,
     {
         "CurateConfig": "worldloom_curation.config",
+        "Frame": "worldloom_curation.pictures",
         "Observer": "worldloom_curation.stage",
         "Source": "worldloom_curation.stage",
         "Span": "worldloom_curation.stage",

@@ -1,7 +1,8 @@
 """The working memory of a run, in ``DIR/.cache``: results by the digest of everything they depend on.
 
-Every file is written atomically, so a killed run leaves whole results or none, and the next run goes on from there. The
-folder can be deleted at any time; it costs the time to compute again.
+Every file is written atomically, so a killed run leaves whole results or none, and the next run goes on from there.
+What a failing power supply damages is found when it is read, and computed again; clips, which cannot tell, are synced.
+The folder can be deleted at any time; it costs the time to compute again.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Cache:
 
     def save(self, kind: str, key: str, value: Any) -> None:
         """Keep a JSON value."""
-        atomic_write(self.path(kind, key, ".json"), json.dumps(value, separators=(",", ":")))
+        atomic_write(self.path(kind, key, ".json"), json.dumps(value, separators=(",", ":")), durable=False)
 
     def has_signals(self, kind: str, key: str) -> bool:
         """Whether `load_signals` would find something whole."""
@@ -62,4 +63,4 @@ class Cache:
         """Keep an array bundle."""
         buffer = io.BytesIO()
         np.savez(buffer, **signals)  # pyright: ignore[reportArgumentType] - arrays by name, none called "file"
-        atomic_write(self.path(kind, key, ".npz"), buffer.getvalue())
+        atomic_write(self.path(kind, key, ".npz"), buffer.getvalue(), durable=False)

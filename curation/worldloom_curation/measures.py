@@ -12,10 +12,11 @@ import numpy as np
 from worldloom_curation.stage import Span, Verdict
 
 if TYPE_CHECKING:
+    from worldloom_curation.pictures import Frame
     from worldloom_curation.stage import Signals
 
-Measure = Callable[[np.ndarray], "float | np.ndarray"]
-"""Measures one frame, uint8 ``(h, w, 3)``."""
+Measure = Callable[["Frame"], "float | np.ndarray"]
+"""Measures one frame."""
 
 
 class PerFrame:
@@ -33,7 +34,7 @@ class PerFrame:
         self._rows = bytearray()
         self._shape: tuple[int, ...] = ()
 
-    def add(self, frame: np.ndarray) -> None:
+    def add(self, frame: Frame) -> None:
         if self._count % self._every == 0:
             row = np.asarray(self._measure(frame)).astype(self._kind)
             self._rows += row.tobytes()

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from worldloom.media import shrink
-
 if TYPE_CHECKING:
+    from worldloom_curation.pictures import Frame
     from worldloom_curation.stage import Source, Span
 
 Kind = Literal["choices", "absolute", "relative"]
@@ -41,9 +40,9 @@ class FrameMotion:
         self._before: np.ndarray | None = None
         self._motion: list[float] = []
 
-    def add(self, frame: np.ndarray) -> None:
+    def add(self, frame: Frame) -> None:
         # ITU-R BT.601 luma
-        grey = shrink(frame, self._side).astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+        grey = frame.colour(self._side).astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
         self._motion.append(float("nan") if self._before is None else float(np.abs(grey - self._before).mean()))
         self._before = grey
 

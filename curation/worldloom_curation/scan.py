@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from worldloom import config as configs
 from worldloom.errors import MissingPackage, WorldloomError
+from worldloom_curation import pictures
 from worldloom_curation.cache import Cache, key_of
 from worldloom_curation.config import CurateConfig, build_stages, config_class
 from worldloom_curation.quarantine import Failure, failure
@@ -21,7 +22,9 @@ from worldloom_curation.stages import probe, write
 if TYPE_CHECKING:
     import numpy as np
 
-VERSION = 1
+    from worldloom_curation.pictures import Frame
+
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,6 @@ def face_blur() -> str:
 
 def scan_source(source: Source, job: Plan) -> Scan:
     """Probe a source, then decode it once for all the stages that have not measured it yet."""
-    from worldloom import media
 
     config, stages = prepare(job.config)
     cache = Cache(job.cache)
@@ -130,9 +132,10 @@ def scan_source(source: Source, job: Plan) -> Scan:
         frames, why = 0, Failure("")
         try:
             first, last = source.window or (0, None)
-            for frame in media.iter_frames(video or _video(source), first, last, limits=limits):
-                watch.add(frame)
-                frames += 1
+            with pictures.one_thread():
+                for frame in pictures.frames(video or _video(source), first, last, limits):
+                    watch.add(frame)
+                    frames += 1
         except MissingPackage:
             raise
         except Exception as problem:
@@ -154,7 +157,7 @@ class _Watch:
         self._source, self._observers = source, dict(observers)
         self.broken: dict[str, Failure] = {}
 
-    def add(self, frame: np.ndarray) -> None:
+    def add(self, frame: Frame) -> None:
         """Show every observer the next frame."""
         raised: dict[str, Exception] = {}
         for name, observer in self._observers.items():

@@ -19,6 +19,8 @@ from worldloom.schema import clip_id
 if TYPE_CHECKING:
     import numpy as np
 
+    from worldloom_curation.pictures import Frame
+
     Signals = Mapping[str, np.ndarray]
     """What an observer collected over a whole source: named arrays, as a rule one row per frame."""
 
@@ -117,8 +119,8 @@ class Verdict:
 class Observer(Protocol):
     """Watches one source being decoded. Holds numbers about frames, not the frames: a source may be hours long."""
 
-    def add(self, frame: np.ndarray) -> None:
-        """The next frame, uint8 ``(h, w, 3)`` RGB at the source's size; must not be changed."""
+    def add(self, frame: Frame) -> None:
+        """The next frame; small pictures of it cost little, ``frame.rgb()`` is the whole of it."""
         ...
 
     def result(self) -> dict[str, np.ndarray]:

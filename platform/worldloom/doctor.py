@@ -30,7 +30,7 @@ OPTIONAL: Mapping[str, tuple[str, str, str]] = {
     "av": ("av", "curation", "reading and writing video"),
     "cv2": ("opencv-python-headless", "curation", "motion and resizing"),
     "PIL": ("pillow", "curation", "reading and writing pictures"),
-    "scenedetect": ("scenedetect-headless", "curation", "shot boundaries"),
+    "xxhash": ("xxhash", "curation", "exact duplicates"),
     "pyarrow": ("pyarrow", "curation", "the decision ledger"),
     "gymnasium": ("gymnasium", "curation", "recording environments"),
     "vizdoom": ("vizdoom", "curation", "the quickstart's world"),
@@ -53,8 +53,8 @@ OPTIONAL: Mapping[str, tuple[str, str, str]] = {
 
 _NEEDS: Mapping[str, tuple[str, ...]] = {
     # A catalog line can say it itself: {"needs": ["av", ...]}.
-    "quickstart": ("av", "cv2", "scenedetect", "pyarrow", "gymnasium", "vizdoom", "peft", "torchmetrics"),
-    "curate": ("av", "cv2", "scenedetect", "pyarrow"),
+    "quickstart": ("av", "cv2", "xxhash", "pyarrow", "gymnasium", "vizdoom", "peft", "torchmetrics"),
+    "curate": ("av", "cv2", "xxhash", "pyarrow"),
     "tokenize": ("av",),
     "finetune": ("av", "peft"),  # DeepSpeed is one of its strategies, and exists on Linux only
     "generate": ("av", "cv2", "PIL"),

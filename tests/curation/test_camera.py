@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from worldloom import WorldloomError, media
-from worldloom_curation import Source, Span, Verdict
+from worldloom_curation import Frame, Source, Span, Verdict
 from worldloom_curation.stages.camera import CameraConfig, CameraStage, movement
 
 FILE = Source("a.mp4", "/a.mp4", "a" * 64, "a")
@@ -56,7 +56,7 @@ def verdict_on(frames: np.ndarray, config: CameraConfig | None = None, crf: int 
     observer = stage.observer(FILE, 20.0)
     assert observer is not None
     for frame in media.iter_frames(encoded):
-        observer.add(frame)
+        observer.add(Frame(frame))
     [verdict] = stage.decide([Span(FILE, 0, len(frames), 20.0)], {"a": observer.result()})
     return verdict
 

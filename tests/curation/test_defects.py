@@ -11,7 +11,7 @@ import pytest
 from curation_videos import scene, write
 
 from worldloom import WorldloomError, media
-from worldloom_curation import Source, Span, Verdict
+from worldloom_curation import Frame, Source, Span, Verdict
 from worldloom_curation.config import load
 from worldloom_curation.ledger import accounts, load_ledger
 from worldloom_curation.measures import cut_out, runs
@@ -31,7 +31,7 @@ def decided(stage: Any, frames: np.ndarray, crf: int = 28, step: int = 1) -> lis
     assert encoded is not None
     observer = stage.observer(FILE, 20.0)
     for frame in media.read_frames(encoded):
-        observer.add(frame)
+        observer.add(Frame(frame))
     span = Span(FILE, 0, len(frames), 20.0, step)
     verdicts = stage.decide([span], {"a": observer.result()})
     edges = [(verdict.span.start, verdict.span.end) for verdict in verdicts]

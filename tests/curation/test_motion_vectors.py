@@ -9,7 +9,7 @@ import pytest
 from curation_videos import write
 
 from worldloom import WorldloomError, media
-from worldloom_curation import Source, Span, Verdict
+from worldloom_curation import Frame, Source, Span, Verdict
 from worldloom_curation.stages.motion_vectors import (
     MotionVectorsConfig,
     MotionVectorsStage,
@@ -42,7 +42,7 @@ def decided(path: Path, **settings: object) -> tuple[Verdict, dict[str, np.ndarr
     assert observer is not None
     frames = 0
     for frame in media.iter_frames(path):
-        observer.add(frame)
+        observer.add(Frame(frame))
         frames += 1
     signals = observer.result()
     [verdict] = stage.decide([Span(source, 0, frames, 20.0)], {"a": signals})

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from worldloom import WorldloomError, media
-from worldloom_curation import Source, Span, Verdict
+from worldloom_curation import Frame, Source, Span, Verdict
 from worldloom_curation.stages import near_duplicates as near
 from worldloom_curation.stages.near_duplicates import NearDuplicatesConfig, NearDuplicatesStage, Window
 
@@ -48,7 +48,7 @@ class Pile:
         observer = STAGE.observer(source, float(fps))
         assert observer is not None
         for frame in media.iter_frames(encoded):
-            observer.add(frame)
+            observer.add(Frame(frame))
         self.signals[name] = observer.result()
         self.spans.append(Span(source, 0, len(frames), float(fps)))
 
@@ -161,7 +161,7 @@ def test_thumbnails_are_taken_by_time_at_any_rate() -> None:
     for fps, expected in ((15.0, [0, 4, 8, 11, 15]), (20.0, [0, 5, 10, 15]), (3.0, list(range(18)))):
         observer = near.Thumbnails(fps, 4.0)
         for frame in film(1, 18):
-            observer.add(frame)
+            observer.add(Frame(frame))
         assert observer.result()["at"].tolist() == expected
 
 

@@ -9,7 +9,7 @@ import pytest
 from curation_videos import scene
 
 from worldloom import WorldloomError
-from worldloom_curation import Source, Span, Verdict
+from worldloom_curation import Frame, Source, Span, Verdict
 from worldloom_curation.stages.overlay_text import (
     OverlayTextConfig,
     OverlayTextStage,
@@ -87,7 +87,7 @@ def test_planted_subtitles_are_found_and_a_sign_that_glides_by_is_kept() -> None
         observer = stage.observer(FILE, 20.0)
         assert isinstance(observer, TextBoxes)
         for frame in frames:
-            observer.add(frame)
+            observer.add(Frame(frame))
         [verdicts[name]] = stage.decide([Span(FILE, 0, len(frames), 20.0)], {"a": observer.result()})
     assert [verdict.kept for verdict in verdicts.values()] == [True, False, True], verdicts
     assert verdicts["subtitled"].reason.startswith("text stays in its place through")

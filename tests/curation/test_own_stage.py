@@ -34,7 +34,7 @@ class Watch:
     def __init__(self, channel):
         self.channel, self.means = channel, []
     def add(self, frame):
-        self.means.append(frame[..., self.channel].mean())
+        self.means.append(frame.rgb()[..., self.channel].mean())
     def result(self):
         return {"means": np.asarray(self.means)}
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from worldloom import WorldloomError
-from worldloom_curation import Source, Span
+from worldloom_curation import Frame, Source, Span
 from worldloom_curation.stages.quality import QualityConfig, QualityStage, compression
 
 FILE = Source("a.mp4", "/a.mp4", "a" * 64, "a")
@@ -40,7 +40,7 @@ def decided(frames: list[np.ndarray], config: QualityConfig | None = None):
     observer = stage.observer(FILE, 20.0)
     assert observer is not None
     for frame in frames:
-        observer.add(frame)
+        observer.add(Frame(frame))
     [verdict] = stage.decide([Span(FILE, 0, len(frames), 20.0)], {"a": observer.result()})
     return verdict
 

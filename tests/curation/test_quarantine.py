@@ -44,7 +44,7 @@ class Watch:
         self.config, self.count = config, 0
     def add(self, frame):
         self.count += 1
-        if self.count > 3 and str(frame.shape[0]) == self.config.watches:
+        if self.count > 3 and str(frame.height) == self.config.watches:
             raise ZeroDivisionError(f"no light in {self!r}")
     def result(self):
         return {"count": np.asarray(self.count)}

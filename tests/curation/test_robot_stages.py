@@ -9,7 +9,7 @@ from robot_episodes import FPS, NAMES, RobotEpisode, delayed, episode, write_ler
 from worldloom import WorldloomError
 from worldloom.config import load
 from worldloom.shards import open_dataset
-from worldloom_curation import CurateConfig
+from worldloom_curation import CurateConfig, Frame
 from worldloom_curation.ledger import accounts, load_ledger
 from worldloom_curation.pipeline import run
 from worldloom_curation.robot import (
@@ -32,7 +32,7 @@ def settings(*overrides: str) -> CurateConfig:
 def motion_of(made: RobotEpisode) -> np.ndarray:
     observer = FrameMotion(64)
     for frame in made.frames:
-        observer.add(frame)
+        observer.add(Frame(frame))
     return observer.result()["motion"][1:]
 
 

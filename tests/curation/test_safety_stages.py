@@ -13,7 +13,7 @@ from faces import passing_by
 from worldloom import WorldloomError, media
 from worldloom.detectors import FaceGuard
 from worldloom.shards import open_dataset
-from worldloom_curation import Source, Span
+from worldloom_curation import Frame, Source, Span
 from worldloom_curation.config import load
 from worldloom_curation.ledger import load_ledger
 from worldloom_curation.pipeline import run
@@ -118,7 +118,7 @@ def test_a_frame_scored_high_drops_its_span_only() -> None:
     observer = stage.observer(FILE, 20.0)
     assert observer is not None
     for frame in scene(1, 20):
-        observer.add(frame)
+        observer.add(Frame(frame))
     signals = observer.result()
     assert signals["values"].tolist() == [0.0, 0.0]  # NudeNet itself has looked
     scores = {"values": np.array([0.1, 0.1, 0.9, 0.1], np.float32), "every": signals["every"]}

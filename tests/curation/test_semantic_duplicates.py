@@ -9,7 +9,7 @@ import pytest
 from curation_videos import scene
 
 from worldloom import WorldloomError
-from worldloom_curation import Source, Span
+from worldloom_curation import Frame, Source, Span
 from worldloom_curation.stages import semantic_duplicates as semantic
 from worldloom_curation.stages.semantic_duplicates import (
     SemanticDuplicatesConfig,
@@ -66,7 +66,7 @@ def test_planted_repeats_are_dropped_and_one_of_each_stays() -> None:
         observer = stage.observer(source, 20.0)
         assert observer is not None
         for frame in frames:
-            observer.add(frame)
+            observer.add(Frame(frame))
         signals[name] = observer.result()
         spans.append(Span(source, 0, len(frames), 20.0))
     assert signals["one"]["values"].shape == (2, 1280)

@@ -7,7 +7,7 @@ import pytest
 from curation_videos import scene
 
 from worldloom import WorldloomError
-from worldloom_curation import Source, Span
+from worldloom_curation import Frame, Source, Span
 from worldloom_curation.stages.shots import ShotProbabilities, transitions
 from worldloom_curation.stages.split import SplitConfig, SplitStage
 
@@ -75,7 +75,7 @@ def test_a_planted_cut_and_a_planted_dissolve_are_found() -> None:
     assert isinstance(observer, ShotProbabilities)
     state = torch.random.get_rng_state()
     for frame in frames:
-        observer.add(frame)
+        observer.add(Frame(frame))
     signals = observer.result()
     assert signals["shots"].shape == (len(frames),)
     assert torch.equal(torch.random.get_rng_state(), state)  # the package would seed it
@@ -94,7 +94,7 @@ def test_windows_are_laid_as_by_the_package() -> None:
     frames = np.random.default_rng(0).integers(0, 256, (57, 27, 48, 3), np.uint8)
     observer = ShotProbabilities()
     for frame in frames:
-        observer.add(frame)
+        observer.add(Frame(frame))
     theirs, _ = transnet().predict_frames(torch.from_numpy(frames), quiet=True)
     np.testing.assert_allclose(observer.result()["shots"], theirs.numpy(), atol=1e-5)
     assert ShotProbabilities().result()["shots"].shape == (0,)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worldloom import WorldloomError, media
-from worldloom_curation import Source, Span
+from worldloom_curation import Frame, Source, Span
 from worldloom_curation.stages.split import ContentScores, SplitConfig, SplitStage, find_cuts
 
 CUTS = [24, 60]
@@ -21,9 +21,9 @@ def three_shots() -> np.ndarray:
 
 
 def scores(frames: np.ndarray) -> np.ndarray:
-    observer = ContentScores(side=144, fps=20)
+    observer = ContentScores(side=144)
     for frame in frames:
-        observer.add(frame)
+        observer.add(Frame(frame))
     return observer.result()["content"]
 
 
@@ -49,6 +49,22 @@ def test_cuts_are_those_of_the_detector_itself() -> None:
         ]
     assert len(expected) >= 4
     assert find_cuts(scores(frames), SplitConfig()) == expected
+
+
+def test_scores_are_those_of_the_detector_itself() -> None:
+    import cv2
+    from scenedetect import FrameTimecode, StatsManager
+    from scenedetect.detectors import ContentDetector
+
+    frames = three_shots()
+    detector = ContentDetector()
+    detector.stats_manager = stats = StatsManager()
+    times = [FrameTimecode(i, 20.0) for i in range(len(frames))]
+    for time, frame in zip(times, frames, strict=True):
+        detector.process_frame(time, cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+    expected = [float(stats.get_metrics(time, ["content_val"])[0] or 0) for time in times]
+    assert scores(frames) == pytest.approx(expected, rel=1e-6)
+    assert max(expected) > 20
 
 
 def test_other_thresholds_find_other_cuts() -> None:

@@ -7,7 +7,7 @@ import pytest
 from curation_videos import scene
 
 from worldloom import WorldloomError, media
-from worldloom_curation import Source, Span
+from worldloom_curation import Frame, Source, Span
 from worldloom_curation.stages.caption import CaptionConfig, CaptionStage, fill, frequent_actions, words
 from worldloom_curation.stages.duplicates import DuplicatesConfig, DuplicatesStage
 from worldloom_curation.stages.motion import MotionConfig, MotionStage, motion
@@ -20,7 +20,7 @@ def signals_of(stage: MotionStage | DuplicatesStage, frames: np.ndarray, fps: fl
     observer = stage.observer(FILE, fps)
     assert observer is not None
     for frame in frames:
-        observer.add(frame)
+        observer.add(Frame(frame))
     return observer.result()
 
 

@@ -28,7 +28,7 @@ import sys
 from worldloom.config import load
 from worldloom_curation import CurateConfig
 from worldloom_curation.pipeline import run
-import av, cv2, pyarrow.parquet, scenedetect.detectors
+import av, cv2, pyarrow.parquet, xxhash
 
 if __name__ == "__main__":
     print("ready", flush=True)

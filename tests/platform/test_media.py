@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from curation_videos import turned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -236,18 +237,10 @@ def test_rotated_video_is_turned_upright(degrees: int, turns: int) -> None:
     frames = scene(5, 32, 48)
     data = media.write_video(None, frames, 30, lossless=True)
     assert data is not None
-    # The track header's matrix, 16.16 fixed point: [cos sin 0 | -sin cos 0 | 0 0 1], a clockwise turn when shown.
-    clockwise = (360 - degrees) % 360
-    cos, sin = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[clockwise]
-    matrix = b"".join(int(v * s).to_bytes(4, "big", signed=True) for v, s in (
-        (cos, 1 << 16), (sin, 1 << 16), (0, 1), (-sin, 1 << 16), (cos, 1 << 16), (0, 1), (0, 1), (0, 1), (1, 1 << 30)
-    ))  # fmt: skip
-    header = data.index(b"tkhd")
-    place = header + 4 + 4 + 20 + 8 + 8  # after version/flags, times and ids, reserved, layer and volume
-    turned = data[:place] + matrix + data[place + 36 :]
+    rotated = turned(data, degrees)
     expected = np.rot90(frames, turns, axes=(1, 2))
-    np.testing.assert_array_equal(media.read_frames(turned), expected)
-    info = media.probe(turned)
+    np.testing.assert_array_equal(media.read_frames(rotated), expected)
+    info = media.probe(rotated)
     assert (info.height, info.width) == expected.shape[1:3]
     assert info.rotation == degrees
 

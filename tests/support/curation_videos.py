@@ -48,3 +48,14 @@ def write(path: Path, frames: np.ndarray, codec: str = "h264", fps: int = 20) ->
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))
     return path
+
+
+def turned(data: bytes, degrees: int) -> bytes:
+    """An MP4 whose picture a player turns counter-clockwise by 90, 180 or 270 degrees."""
+    # The track header's matrix, 16.16 fixed point: [cos sin 0 | -sin cos 0 | 0 0 1], a clockwise turn when shown.
+    cos, sin = {90: (0, -1), 180: (-1, 0), 270: (0, 1)}[degrees]
+    matrix = b"".join(int(v * s).to_bytes(4, "big", signed=True) for v, s in (
+        (cos, 1 << 16), (sin, 1 << 16), (0, 1), (-sin, 1 << 16), (cos, 1 << 16), (0, 1), (0, 1), (0, 1), (1, 1 << 30)
+    ))  # fmt: skip
+    place = data.index(b"tkhd") + 4 + 4 + 20 + 8 + 8  # after version/flags, times and ids, reserved, layer and volume
+    return data[:place] + matrix + data[place + 36 :]

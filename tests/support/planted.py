@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from worldloom import media
-from worldloom_curation import Source, Span
+from worldloom_curation import Frame, Source, Span
 from worldloom_curation.stages.near_duplicates import NearDuplicatesConfig, NearDuplicatesStage
 from worldloom_curation.stages.split import SplitConfig, SplitStage
 
@@ -96,7 +96,7 @@ def watched(stage: Any, frames: Any, source: Source, fps: float) -> dict[str, np
     """What a stage collects from frames."""
     observer = stage.observer(source, fps)
     for frame in frames:
-        observer.add(frame)
+        observer.add(Frame(frame))
     return observer.result()
 
 

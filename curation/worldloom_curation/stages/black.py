@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from worldloom.errors import WorldloomError
-from worldloom_curation import pictures
 from worldloom_curation.measures import PerFrame, cut_out, runs, within
 from worldloom_curation.stage import Observer, Source, Span, Verdict
 
 if TYPE_CHECKING:
+    from worldloom_curation.pictures import Frame
     from worldloom_curation.stage import Signals
 
 
@@ -56,8 +56,8 @@ class BlackStage:
     def observer(self, source: Source, fps: float) -> Observer | None:
         share = self.config.share
 
-        def level(frame: np.ndarray) -> float:
-            grey = pictures.grey(frame, 64).ravel()
+        def level(frame: Frame) -> float:
+            grey = frame.grey(64).ravel()
             at = min(len(grey) - 1, int(np.ceil(share * len(grey))) - 1)
             return float(np.partition(grey, at)[at])
 

@@ -69,7 +69,7 @@ class BlurStage:
 
     def observer(self, source: Source, fps: float) -> Observer | None:
         side = self.config.side
-        return PerFrame(lambda frame: blur(pictures.grey(frame, side)), max(1, round(fps / self.config.rate)))
+        return PerFrame(lambda frame: blur(frame.grey(side)), max(1, round(fps / self.config.rate)))
 
     def decide(self, spans: Sequence[Span], signals: Mapping[str, Signals]) -> list[Verdict]:
         verdicts: list[Verdict] = []

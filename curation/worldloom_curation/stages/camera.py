@@ -23,6 +23,7 @@ from worldloom_curation import pictures
 from worldloom_curation.stage import Observer, Source, Span, Verdict
 
 if TYPE_CHECKING:
+    from worldloom_curation.pictures import Frame
     from worldloom_curation.stage import Signals
 
 _DIRECTIONS = (
@@ -81,10 +82,10 @@ class Movements:
         self._at: list[int] = []
         self._flow = make_flow()
 
-    def add(self, frame: np.ndarray) -> None:
+    def add(self, frame: Frame) -> None:
         next_at = self._gap + round(len(self._at) * self._every)
         if self._count >= next_at - self._gap:
-            grey = pictures.grey(frame, self._side)
+            grey = frame.grey(self._side)
             if self._count == next_at:
                 flow = self._flow(self._before[0], grey)
                 self._rows.append(movement(flow, self._before[0]) * (self._fps / self._gap))

@@ -1,7 +1,7 @@
 """Exact duplicates: drop a span whose decoded frames were seen before, in the order of the sources.
 
-Equal means every byte of every frame, at the source's size; a copy of a file, the same stream in another container, and
-a repeated shot all count. What only looks alike (another codec, another size) does not.
+Equal means every byte of every frame as it was decoded, at the source's size; a copy of a file, the same stream in
+another container, and a repeated shot all count. What only looks alike (another codec, another size) does not.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from worldloom_curation.stage import Observer, Source, Span, Verdict
 
 if TYPE_CHECKING:
+    from worldloom_curation.pictures import Frame
     from worldloom_curation.stage import Signals
 
 
@@ -28,15 +29,13 @@ class DuplicatesConfig:
 
 
 class FrameDigests:
-    """Collects 16 bytes of sha256 per frame, over its size and its pixels: uint8 ``(t, 16)``."""
+    """Collects 16 bytes per frame, over its size and its pixels: uint8 ``(t, 16)``."""
 
     def __init__(self) -> None:
         self._digests = bytearray()
 
-    def add(self, frame: np.ndarray) -> None:
-        digest = hashlib.sha256(f"{frame.shape}".encode())
-        digest.update(np.ascontiguousarray(frame).data)
-        self._digests += digest.digest()[:16]
+    def add(self, frame: Frame) -> None:
+        self._digests += frame.digest()
 
     def result(self) -> dict[str, np.ndarray]:
         return {"digests": np.frombuffer(bytes(self._digests), np.uint8).reshape(-1, 16)}

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from worldloom.errors import WorldloomError
-from worldloom_curation import pictures
 from worldloom_curation.measures import PerFrame, within
 from worldloom_curation.stage import Observer, Source, Span, Verdict
 
 if TYPE_CHECKING:
+    from worldloom_curation.pictures import Frame
     from worldloom_curation.stage import Signals
 
 
@@ -52,8 +52,8 @@ class ExposureStage:
         self.config = config
 
     def observer(self, source: Source, fps: float) -> Observer | None:
-        def shares(frame: np.ndarray) -> np.ndarray:
-            grey = pictures.grey(frame, 64)
+        def shares(frame: Frame) -> np.ndarray:
+            grey = frame.grey(64)
             return np.array([(grey <= self.config.dark).mean(), (grey >= self.config.bright).mean()])
 
         return PerFrame(shares, max(1, round(fps / self.config.rate)))

@@ -20,6 +20,7 @@ from worldloom_curation.measures import PerFrame, cut_out, within
 from worldloom_curation.stage import Observer, Source, Span, Verdict
 
 if TYPE_CHECKING:
+    from worldloom_curation.pictures import Frame
     from worldloom_curation.stage import Signals
 
 CELLS = 8
@@ -46,10 +47,10 @@ class FrozenConfig:
             raise WorldloomError("frozen: seconds, min_frames and frames_multiple must be positive", got=self)
 
 
-def cells(frame: np.ndarray) -> np.ndarray:
+def cells(frame: Frame) -> np.ndarray:
     """Mean grey level of each cell, in steps of 1 / `LEVELS`: uint16 ``(CELLS * CELLS,)``."""
     cv2 = pictures.opencv()
-    small = pictures.grey(frame, 64).astype(np.float32)
+    small = frame.grey(64).astype(np.float32)
     return np.round(cv2.resize(small, (CELLS, CELLS), interpolation=cv2.INTER_AREA).ravel() * LEVELS)
 
 

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from worldloom_curation import pictures
+from worldloom_curation.pictures import opencv
 from worldloom_curation.stage import Observer, Source, Span, Verdict
 
 if TYPE_CHECKING:
+    from worldloom_curation.pictures import Frame
     from worldloom_curation.stage import Signals
 
 
@@ -39,15 +40,15 @@ class FrameChanges:
     """Collects each frame's mean absolute difference to the frame `gap` before it (float32; NaN for the first)."""
 
     def __init__(self, side: int, gap: int) -> None:
-        pictures.opencv()
-        self._side, self._gap = side, gap
+        self._cv2, self._side, self._gap = opencv(), side, gap
         self._before: deque[np.ndarray] = deque(maxlen=gap)
         self._changes: list[float] = []
 
-    def add(self, frame: np.ndarray) -> None:
-        grey = pictures.grey(frame, self._side).astype(np.int16)
+    def add(self, frame: Frame) -> None:
+        grey = frame.grey(self._side)
         known = len(self._before) == self._gap
-        self._changes.append(float(np.abs(grey - self._before[0]).mean()) if known else float("nan"))
+        change = self._cv2.norm(grey, self._before[0], self._cv2.NORM_L1) / grey.size if known else float("nan")
+        self._changes.append(change)
         self._before.append(grey)
 
     def result(self) -> dict[str, np.ndarray]:

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from worldloom.errors import WorldloomError
-from worldloom_curation import pictures
 from worldloom_curation.stage import Observer, Source, Span, Verdict
 from worldloom_curation.stages.camera import make_flow
 
 if TYPE_CHECKING:
+    from worldloom_curation.pictures import Frame
     from worldloom_curation.stage import Signals
 
 _EXPORT = 1 << 28  # AV_CODEC_FLAG2_EXPORT_MVS
@@ -127,7 +127,7 @@ class Motions:
         self._rows: list[np.ndarray] = []
         self._at: list[int] = []
 
-    def add(self, frame: np.ndarray) -> None:
+    def add(self, frame: Frame) -> None:
         measured = self._by_vectors(frame) if self._vectors is not None else self._by_flow(frame)
         if measured is not None:
             self._rows.append(measured)
@@ -142,23 +142,23 @@ class Motions:
             "vectors": np.asarray(self._stored),
         }
 
-    def _by_vectors(self, frame: np.ndarray) -> np.ndarray | None:
+    def _by_vectors(self, frame: Frame) -> np.ndarray | None:
         """None before its time is due, and for keyframes, whose turn passes to the next frame."""
         assert self._vectors is not None
         vectors = next(self._vectors, None)
         if vectors is None or self._count < round(self._due):
             return None
-        return of_vectors(vectors, *frame.shape[:2])
+        return of_vectors(vectors, frame.height, frame.width)
 
-    def _by_flow(self, frame: np.ndarray) -> np.ndarray | None:
+    def _by_flow(self, frame: Frame) -> np.ndarray | None:
         due = max(1, round(self._due))
         if self._count < due - 1:
             return None
-        grey, before = pictures.grey(frame, _SIDE), self._before
+        grey, before = frame.grey(_SIDE), self._before
         self._before = grey
         if before is None or self._count < due:
             return None
-        return of_flow(self._flow(before, grey), *frame.shape[:2])
+        return of_flow(self._flow(before, grey), frame.height, frame.width)
 
 
 class MotionVectorsStage:

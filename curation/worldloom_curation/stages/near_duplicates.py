@@ -36,6 +36,7 @@ from worldloom_curation import pictures
 from worldloom_curation.stage import Observer, Source, Span, Verdict
 
 if TYPE_CHECKING:
+    from worldloom_curation.pictures import Frame
     from worldloom_curation.stage import Signals
 
 SIDE = 32
@@ -89,12 +90,12 @@ class Thumbnails:
         self._at: list[int] = []
         self._cv2 = pictures.opencv()
 
-    def add(self, frame: np.ndarray) -> None:
+    def add(self, frame: Frame) -> None:
         if self._count == round(len(self._at) * self._every):
-            small = pictures.grey(frame, _GREY)
+            small = frame.grey(_GREY)
             self._made += self._cv2.resize(small, (SIDE, SIDE), interpolation=self._cv2.INTER_AREA).tobytes()
             self._at.append(self._count)
-            self._pixels = frame.shape[0] * frame.shape[1]
+            self._pixels = frame.height * frame.width
         self._count += 1
 
     def result(self) -> dict[str, np.ndarray]:

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from worldloom.errors import WorldloomError, missing_extra
-from worldloom_curation import pictures
 from worldloom_curation.stage import Observer, Source, Span, Verdict
 
 if TYPE_CHECKING:
+    from worldloom_curation.pictures import Frame
     from worldloom_curation.stage import Signals
 
 _LOCK = threading.Lock()
@@ -68,9 +68,9 @@ class TextBoxes:
         self._at: list[int] = []
         text_detector(side)
 
-    def add(self, frame: np.ndarray) -> None:
+    def add(self, frame: Frame) -> None:
         if self._count % self._every == 0:
-            boxes, scores = find_text(pictures.colour(frame, self._side), self._side)
+            boxes, scores = find_text(frame.colour(self._side), self._side)
             self._boxes += list(boxes)
             self._scores += list(scores)
             self._at += [self._count] * len(boxes)

@@ -23,11 +23,12 @@ import numpy as np
 
 from worldloom.artifacts import file_digest
 from worldloom.errors import WorldloomError
-from worldloom_curation import pictures
 from worldloom_curation.measures import PerFrame, within
+from worldloom_curation.pictures import opencv
 from worldloom_curation.stage import Observer, Source, Span, Verdict
 
 if TYPE_CHECKING:
+    from worldloom_curation.pictures import Frame
     from worldloom_curation.stage import Signals
 
 
@@ -62,8 +63,8 @@ class QualityConfig:
 class Scores(Protocol):
     """Scores a frame."""
 
-    def score(self, frame: np.ndarray) -> float:
-        """uint8 ``(h, w, 3)`` -> a number, higher is better; nan where there is nothing to score."""
+    def score(self, frame: Frame) -> float:
+        """A number, higher is better; nan where there is nothing to score."""
         ...
 
 
@@ -71,10 +72,10 @@ class Compression:
     """The measure of Wang, Sheikh and Bovik."""
 
     def __init__(self, config: QualityConfig) -> None:
-        self._cv2 = pictures.opencv()
+        opencv()
 
-    def score(self, frame: np.ndarray) -> float:
-        return compression(self._cv2.cvtColor(np.ascontiguousarray(frame), self._cv2.COLOR_RGB2GRAY))
+    def score(self, frame: Frame) -> float:
+        return compression(frame.grey())
 
 
 def compression(grey: np.ndarray) -> float:
@@ -118,8 +119,8 @@ class Aesthetic:
         if widths[-1] != 1 or any(w.shape[1] != n for (w, _), n in zip(self._layers, widths, strict=False)):
             raise WorldloomError("the head's layers do not follow each other down to one number", got=config.head)
 
-    def score(self, frame: np.ndarray) -> float:
-        vector = self._embedder.embed_frames(frame[None])[0]
+    def score(self, frame: Frame) -> float:
+        vector = self._embedder.embed_frames(frame.rgb()[None])[0]
         if len(vector) != self._layers[0][0].shape[1]:
             raise WorldloomError(
                 "the head is for vectors of another size",

@@ -11,14 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
 from worldloom.errors import WorldloomError
 from worldloom_curation.measures import PerFrame, within
 from worldloom_curation.stage import Observer, Source, Span, Verdict
 
 if TYPE_CHECKING:
     from worldloom.detectors import NudityGuard
+    from worldloom_curation.pictures import Frame
     from worldloom_curation.stage import Signals
 
 
@@ -63,8 +62,8 @@ class SafetyStage:
         self.config = _Known(**asdict(config), detector=self._guard.fingerprint)
 
     def observer(self, source: Source, fps: float) -> Observer | None:
-        def score(frame: np.ndarray) -> float:
-            return float(self._guard.check_video(frame[None]).facts["highest_score"])
+        def score(frame: Frame) -> float:
+            return float(self._guard.check_video(frame.rgb()[None]).facts["highest_score"])
 
         return PerFrame(score, max(1, round(fps / self.config.rate)))
 

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from worldloom.errors import WorldloomError
-from worldloom_curation import pictures
 from worldloom_curation.measures import PerFrame, within
 from worldloom_curation.stage import Observer, Source, Span, Verdict
 
 if TYPE_CHECKING:
     from worldloom.protocols import Embedder
+    from worldloom_curation.pictures import Frame
     from worldloom_curation.stage import Signals
 
 _BLOCK = 4096  # vectors in memory at once
@@ -136,8 +136,8 @@ class SemanticDuplicatesStage:
         self.config = _Known(**asdict(config), embedder=self._embedder.fingerprint)
 
     def observer(self, source: Source, fps: float) -> Observer | None:
-        def embed(frame: np.ndarray) -> np.ndarray:
-            return self._embedder.embed_frames(pictures.colour(frame, _EDGE)[None])[0]
+        def embed(frame: Frame) -> np.ndarray:
+            return self._embedder.embed_frames(frame.colour(_EDGE)[None])[0]
 
         return PerFrame(embed, max(1, round(fps / self.config.rate)), kind=np.float16)
 

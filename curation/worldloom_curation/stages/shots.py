@@ -8,13 +8,15 @@ repeated. The package's pickle is converted once, in a confined process, and not
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from worldloom.errors import missing_extra
 from worldloom.weights import assign_weights, bundled_weights, read_weights
-from worldloom_curation import pictures
+
+if TYPE_CHECKING:
+    from worldloom_curation.pictures import Frame
 
 HEIGHT, WIDTH = 27, 48
 _WINDOW, _STRIDE, _MARGIN = 100, 50, 25
@@ -35,8 +37,8 @@ class ShotProbabilities:
         self._count = 0
         self._found: list[np.ndarray] = []
 
-    def add(self, frame: np.ndarray) -> None:
-        small = pictures.squeezed(frame, HEIGHT, WIDTH)
+    def add(self, frame: Frame) -> None:
+        small = frame.squeezed(HEIGHT, WIDTH)
         if not self._count:
             self._frames = [small] * _MARGIN
         self._frames.append(small)

@@ -2,10 +2,10 @@
 
 Shots, by one of two detectors:
 
-- Mode ``shots``: PySceneDetect's `AdaptiveDetector` scores every small frame (mean change of hue, saturation and
-  brightness against the frame before: ``content_val``) and holds the score against the average of its neighbours. We
-  let it score, keep the scores, and apply its two thresholds to them ourselves, so that other thresholds need no new
-  decoding.
+- Mode ``shots``: that of PySceneDetect's `AdaptiveDetector`. It scores every small frame (mean change of hue,
+  saturation and brightness against the frame before: ``content_val``) and holds the score against the average of its
+  neighbours. The scores are kept and its two thresholds applied to them, so that other thresholds need no new decoding.
+  (The package itself would look for edges too, which have no weight in the score and take most of its time.)
 - Mode ``transnet``: TransNet V2, a network that knows dissolves and wipes too; slower by far. See `stages.shots`.
 """
 
@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from worldloom.errors import WorldloomError, missing_extra
-from worldloom_curation import pictures
+from worldloom.errors import WorldloomError
+from worldloom_curation.pictures import opencv
 from worldloom_curation.stage import Observer, Source, Span, Verdict
 
 if TYPE_CHECKING:
+    from worldloom_curation.pictures import Frame
     from worldloom_curation.stage import Signals
 
 
@@ -52,8 +53,8 @@ class SplitConfig:
     """A cut changes at least this much (PySceneDetect's content_val, 0 to 255)."""
     window: int = 2
     """Frames on each side that a cut is compared with."""
-    scan_side: int = 144
-    """Short side of the frames that are scored, in pixels."""
+    scan_side: int = 100
+    """Frames are halved until their short side has at most this many pixels, and scored so."""
     transition: float = 0.4
     """TransNet V2: probability over which a frame is part of a transition."""
     margin: float = 0.0
@@ -74,28 +75,19 @@ class SplitConfig:
 
 
 class ContentScores:
-    """Collects ``content_val`` per frame (float32; 0 for the first), by PySceneDetect on small frames."""
+    """Collects ``content_val`` of small frames (float32; 0 for the first): the mean change of hue (0 to 179),
+    saturation and brightness, as PySceneDetect's ContentDetector has it by its default weights."""
 
-    def __init__(self, side: int, fps: float) -> None:
-        try:
-            import cv2
-            from scenedetect import FrameTimecode, StatsManager
-            from scenedetect.detectors import AdaptiveDetector
-        except ImportError as error:
-            raise missing_extra(str(error.name), "curation") from error
-        self._cv2, self._timecode, self._side, self._fps = cv2, FrameTimecode, side, float(fps)
-        self._stats = StatsManager()
-        # The thresholds do not matter here; the edge kernel is the cheapest, for edges have no weight in the score.
-        self._detector = AdaptiveDetector(kernel_size=3)
-        self._detector.stats_manager = self._stats
+    def __init__(self, side: int) -> None:
+        self._cv2, self._side = opencv(), side
+        self._two: list[np.ndarray] = []  # the small frame and the one before it, as hue, saturation and brightness
         self._scores: list[float] = []
 
-    def add(self, frame: np.ndarray) -> None:
-        frame = pictures.colour(frame, self._side)
-        at = self._timecode(len(self._scores), fps=self._fps)
-        self._detector.process_frame(at, self._cv2.cvtColor(frame, self._cv2.COLOR_RGB2BGR))
-        known = self._stats.metrics_exist(at, ["content_val"])
-        self._scores.append(float(self._stats.get_metrics(at, ["content_val"])[0]) if known else 0.0)
+    def add(self, frame: Frame) -> None:
+        small, known = frame.halved(self._side), len(self._scores) > 0
+        self._two = self._two[::-1] if known else [np.empty_like(small), np.empty_like(small)]
+        hsv = self._cv2.cvtColor(small, self._cv2.COLOR_RGB2HSV, self._two[0])
+        self._scores.append(self._cv2.norm(hsv, self._two[1], self._cv2.NORM_L1) / hsv.size if known else 0.0)
 
     def result(self) -> dict[str, np.ndarray]:
         return {"content": np.asarray(self._scores, np.float32)}
@@ -148,7 +140,7 @@ class SplitStage:
             from worldloom_curation.stages.shots import ShotProbabilities
 
             return ShotProbabilities()
-        return ContentScores(self.config.scan_side, fps) if mode == "shots" else None
+        return ContentScores(self.config.scan_side) if mode == "shots" else None
 
     def decide(self, spans: Sequence[Span], signals: Mapping[str, Signals]) -> list[Verdict]:
         verdicts: list[Verdict] = []
