@@ -83,10 +83,10 @@ def signals_key(stage: Stage, source: Source) -> str:
 
 def clip_key(span: Span, size: tuple[int, int], config: write.WriteConfig) -> str:
     """The key of an encoded clip."""
-    crf = None if span.source.exact else config.crf
+    how = [None] if span.source.exact else [config.crf, config.copy]
     faces = [face_blur()] if write.blurs_faces(span, config) else []
     return key_of(
-        "clip", write.VERSION, span.source.key, span.start, span.end, span.step, span.fps, size, crf, decoder(), *faces
+        "clip", write.VERSION, span.source.key, span.start, span.end, span.step, span.fps, size, how, decoder(), *faces
     )
 
 

@@ -42,6 +42,7 @@ __all__ = [
     "Source",
     "VideoInfo",
     "contact_sheet",
+    "copy_video",
     "fit",
     "iter_frames",
     "probe",
@@ -216,6 +217,59 @@ def write_video(
         return data
     _write(path, data)
     return None
+
+
+def copy_video(
+    source: Source, frames: int, fps: float, size: tuple[int, int], limits: Limits = DEFAULT_LIMITS
+) -> bytes | None:
+    """The video of a file as an MP4 of its own, without encoding it again; None where it is not what is asked for.
+
+    It must be H.264, 4:2:0, upright, with a constant rate. Nothing but the video stream is taken along.
+
+    Args:
+        source: as for `probe`.
+        frames: how many there must be.
+        fps: frames per second that there must be.
+        size: ``(h, w)`` that they must have.
+
+    Raises:
+        WorldloomError: as `probe`.
+    """
+    with Reader(source, limits) as reader:
+        first, stream = next(reader.frames(), None), reader.stream
+        context = stream.codec_context
+        if first is None or rotation_of(first) or (context.name, context.pix_fmt) != ("h264", "yuv420p"):
+            return None
+        if (first.height, first.width) != size or not stream.time_base:
+            return None
+        step = 1 / (fps * float(stream.time_base))  # of time stamps
+    times: list[int] = []
+    with Reader(source, limits) as reader:
+        for packet in _stored(reader):
+            if packet is None or (not times and not packet.is_keyframe):
+                return None
+            times.append(packet.pts)
+    times.sort()
+    if len(times) != frames or any(abs(time - times[0] - i * step) > 1 for i, time in enumerate(times)):
+        return None
+    buffer = io.BytesIO()
+    with Reader(source, limits) as reader:
+        options = {"fflags": "+bitexact"}
+        with reader.av.open(buffer, "w", format="mp4", container_options=options) as out:
+            stream = out.add_stream_from_template(reader.stream)
+            stream.metadata.clear()
+            for packet in _stored(reader):
+                packet.pts, packet.dts, packet.stream = packet.pts - times[0], packet.dts - times[0], stream
+                out.mux(packet)
+    return buffer.getvalue()
+
+
+def _stored(reader: Reader) -> Iterator[Any]:
+    """The packets of a video; None in the place of one that is damaged or has no time stamps."""
+    for packet in reader.container.demux(reader.stream):
+        if packet.size:
+            damaged = packet.is_corrupt or packet.is_discard or packet.pts is None or packet.dts is None
+            yield None if damaged else packet
 
 
 def to_tensor(frames: np.ndarray) -> Tensor:

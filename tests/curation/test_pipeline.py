@@ -280,6 +280,49 @@ def test_videos_are_shrunk_to_the_short_side(tmp_path: Path) -> None:
     assert (info.height, info.width) == (sample.clip.height, sample.clip.width) == (64, 106)
 
 
+def test_videos_are_cut_to_a_shape(tmp_path: Path) -> None:
+    path = write(tmp_path / "videos" / "a", scene(1, 20, 120, 200))
+    run(tmp_path / "videos", tmp_path / "out", settings("write.aspect=1:1"))
+    [sample] = open_dataset(tmp_path / "out")
+    assert sample.video is not None
+    stored, original = media.read_frames(sample.video), media.read_frames(path)
+    assert stored.shape == (20, 120, 120, 3)
+    assert np.abs(stored.astype(int) - original[:, :, 40:160]).mean() < 4
+
+
+def test_a_file_that_fits_is_not_encoded_again(tmp_path: Path) -> None:
+    path = write(tmp_path / "videos" / "a", scene(1, 40, 120, 200))
+    taken, again = tmp_path / "taken", tmp_path / "again"
+    run(tmp_path / "videos", taken, settings())
+    run(tmp_path / "videos", again, settings("write.copy=false"))
+    [sample], [other] = open_dataset(taken), open_dataset(again)
+    assert sample.video is not None
+    assert other.video is not None
+    assert sample.clip == other.clip
+    original = media.read_frames(path)
+    np.testing.assert_array_equal(media.read_frames(sample.video), original)
+    assert not np.array_equal(media.read_frames(other.video), original)
+    assert media.probe(sample.video).fps == 20
+
+
+@pytest.mark.parametrize(
+    ("codec", "overrides"),
+    [
+        ("mpeg4", []),  # another codec
+        ("h264", ["write.short_side=64"]),  # another size
+        ("h264", ["split.fps=10"]),  # another rate
+        ("h264", ["split.max_frames=20"]),  # cut in two
+    ],
+)
+def test_a_file_that_does_not_fit_is_encoded(codec: str, overrides: list[str], tmp_path: Path) -> None:
+    path = write(tmp_path / "videos" / "a", scene(1, 40, 120, 200), codec)
+    run(tmp_path / "videos", tmp_path / "out", settings(*overrides))
+    sample = next(iter(open_dataset(tmp_path / "out")))
+    assert sample.video is not None
+    stored, original = media.read_frames(sample.video), media.read_frames(path)
+    assert not np.array_equal(stored, original[: len(stored)])
+
+
 def test_copies_that_are_allowed_are_still_one_clip(folder: Path, tmp_path: Path) -> None:
     run(folder, tmp_path, settings("duplicates.drop=false"))
     rows = load_ledger(tmp_path)

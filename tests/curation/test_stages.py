@@ -153,6 +153,27 @@ def test_stored_size(size: tuple[int, int], recorded: bool, short_side: int, sto
     assert stored_size(*size, recorded, WriteConfig(short_side=short_side)) == stored
 
 
+@pytest.mark.parametrize(
+    ("size", "aspect", "stored"),
+    [
+        ((720, 1280), "1:1", (256, 256)),
+        ((720, 1280), "4:3", (256, 342)),
+        ((576, 720), "16:9", (256, 456)),
+        ((100, 100), "2:1", (50, 100)),
+        ((720, 1280), "16:9", (256, 456)),
+    ],
+)
+def test_stored_size_of_another_shape(size: tuple[int, int], aspect: str, stored: tuple[int, int]) -> None:
+    assert stored_size(*size, False, WriteConfig(aspect=aspect)) == stored
+    assert stored_size(*size, True, WriteConfig(aspect=aspect)) == size
+
+
+@pytest.mark.parametrize("aspect", ["16", "16:", "0:9", "a:b", "16:9:1", "1.5:1"])
+def test_a_shape_that_is_none_is_refused(aspect: str) -> None:
+    with pytest.raises(WorldloomError, match="W:H"):
+        WriteConfig(aspect=aspect)
+
+
 def test_arrays_are_cut_with_the_span() -> None:
     arrays = {"actions": np.arange(9, dtype=np.float32)[:, None], "depth": np.arange(10, dtype=np.uint8)[:, None, None]}
     cut = cut_arrays(arrays, Span(EPISODE, 4, 8, 10.0), 10)

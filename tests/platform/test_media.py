@@ -347,3 +347,34 @@ def test_real_videos() -> None:
             got = media.read_frames(file, start, end, size=(48, 64))
             np.testing.assert_array_equal(got, whole[start:end], err_msg=f"{file.name} [{start}, {end})")
         assert media.read_frames(file, 0, 1).shape == (1, info.height, info.width, 3)
+
+
+# -- taking a video as it is ------------------------------------------------------------------------------------------
+
+
+def test_a_video_is_copied_bit_by_bit() -> None:
+    frames = scene(30)
+    data = media.write_video(None, frames, 25)
+    assert data is not None
+    copied = media.copy_video(data, 30, 25, (48, 64))
+    assert copied is not None
+    np.testing.assert_array_equal(media.read_frames(copied), media.read_frames(data))
+    assert media.copy_video(data, 30, 25, (48, 64)) == copied
+    assert media.copy_video(copied, 30, 25, (48, 64)) == copied
+    info = media.probe(copied, count=True)
+    assert (info.frames, info.fps, info.codec, info.has_audio) == (30, 25, "h264", False)
+
+
+def test_what_is_not_that_video_is_not_copied() -> None:
+    frames = scene(30)
+    data = media.write_video(None, frames, 25)
+    exact = media.write_video(None, frames, 25, lossless=True)
+    assert data is not None
+    assert exact is not None
+    assert media.copy_video(data, 30, 25, (48, 64)) is not None
+    assert media.copy_video(data, 29, 25, (48, 64)) is None
+    assert media.copy_video(data, 30, 24, (48, 64)) is None
+    assert media.copy_video(data, 30, 25, (64, 48)) is None
+    assert media.copy_video(turned(data, 90), 30, 25, (48, 64)) is None
+    assert media.copy_video(exact, 30, 25, (48, 64)) is None
+    assert media.copy_video(encode(frames, "mpeg4", "avi", {}), 30, 25, (48, 64)) is None

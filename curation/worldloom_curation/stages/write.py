@@ -1,6 +1,7 @@
 """Write: encode every kept span, once, and cut an episode's arrays to it.
 
-Videos become H.264 at most `short_side` pixels high or wide; so do the episodes of robot datasets. Episodes that we
+Videos become H.264 at most `short_side` pixels high or wide; so do the episodes of robot datasets. A clip that is a
+whole file, and whose file is such a video already, is taken from it as it is. Episodes that we
 recorded stay exact: kept whole, their bytes are copied; cut, they are encoded again without loss.
 """
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from worldloom.media import Limits
     from worldloom_curation.stage import Span
 
-VERSION = 1
+VERSION = 2
 _FACES_AT_ONCE = 16  # frames
 
 PER_STEP = frozenset({"actions", "rewards"})
@@ -33,8 +34,12 @@ class WriteConfig:
 
     short_side: int = 256
     """Videos: clips are shrunk to this many pixels on the short side (never enlarged); 0 keeps the size."""
+    aspect: str = ""
+    """Videos: cut to this shape about the middle, as ``16:9``; empty keeps the source's."""
     crf: int = 18
     """Videos: x264's quality, 0 (best) to 51."""
+    copy: bool = True
+    """Videos: a whole file that is H.264 of that size already is not encoded again."""
     faces: Literal["keep", "blur"] = "keep"
     """Videos: make every face unrecognisable, by `worldloom.detectors.FaceGuard`. Our own episodes stay as they are."""
     samples_per_shard: int = 256
@@ -45,18 +50,34 @@ class WriteConfig:
     def __post_init__(self) -> None:
         if self.short_side and self.short_side < 16:
             raise WorldloomError("write.short_side must be 0 or at least 16", got=self.short_side)
+        if self.aspect:
+            aspect_of(self.aspect)
         if not 0 <= self.crf <= 51:
             raise WorldloomError("write.crf must be between 0 and 51", got=self.crf)
         if self.samples_per_shard < 1 or self.max_shard_bytes < 1:
             raise WorldloomError("write.samples_per_shard and write.max_shard_bytes must be at least 1")
 
 
+def aspect_of(text: str) -> float:
+    """Width over height that ``W:H`` says.
+
+    Raises:
+        WorldloomError: it says none.
+    """
+    parts = text.split(":")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
+        raise WorldloomError("write.aspect is W:H in whole numbers", got=text, do='write "16:9"')
+    return int(parts[0]) / int(parts[1])
+
+
 def stored_size(height: int, width: int, exact: bool, config: WriteConfig) -> tuple[int, int]:
     """``(h, w)`` of the stored clip. Videos get even sides, which every player wants of H.264."""
     if exact:
         return height, width
-    scale = min(1.0, config.short_side / min(height, width)) if config.short_side else 1.0
-    return _even(height * scale), _even(width * scale)
+    shape = aspect_of(config.aspect) if config.aspect else width / height
+    cut_height, cut_width = min(height, width / shape), min(width, height * shape)
+    scale = min(1.0, config.short_side / min(cut_height, cut_width)) if config.short_side else 1.0
+    return _even(cut_height * scale), _even(cut_width * scale)
 
 
 def _even(side: float) -> int:
@@ -82,6 +103,12 @@ def encode_spans(
     """
     from worldloom import media
 
+    only = spans[0]
+    if config.copy and len(spans) == 1 and not only.source.recorded and (only.start, only.step) == (0, 1):
+        copied = None if blurs_faces(only, config) else media.copy_video(video, only.end, only.fps, size, limits)
+        if copied is not None:
+            save(only, copied)
+            return
     at = spans[0].start
     first = spans[0].source.window[0] if spans[0].source.window else 0
     frames = media.iter_frames(video, start=first + at, end=first + spans[-1].end, size=size, limits=limits)
