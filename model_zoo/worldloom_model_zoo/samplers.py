@@ -145,6 +145,33 @@ def flow_heun(velocity: Velocity, noise: Tensor, levels: Tensor) -> Tensor:
     return _heun(velocity, noise, levels.tolist())
 
 
+def _log_snr(points: list[float]) -> list[float]:
+    """Half log signal-to-noise ratios, lambda = ln((1 - s) / s), of noise levels; infinite at 0 and 1."""
+    return [math.inf if s == 0 else -math.inf if s >= 1 else math.log((1 - s) / s) for s in points]
+
+
+def flow_ab2(velocity: Velocity, noise: Tensor, levels: Tensor) -> Tensor:
+    """The exponential Adams-Bashforth method of order 2 (Zhang, Song and Chen 2023, arXiv:2308.02157), one call a step.
+
+    Cosmos-Predict2 calls it 2ab. In lambda = ln((1 - s) / s) the clean prediction is taken for the straight line
+    through the two last ones, for which the flow is solved exactly. The first step and one to 0 take it for constant.
+    For sigmas of EDM, s = sigma / (1 + sigma), lambda is -ln sigma, and ``noise`` is their first latents divided by
+    1 + sigma.
+    """
+    points = levels.tolist()
+    log_snr = _log_snr(points)
+    x, previous = noise, None
+    for i, (level, following) in enumerate(itertools.pairwise(points)):
+        clean = x - level * velocity(x, level)
+        h = log_snr[i + 1] - log_snr[i]
+        grown = math.expm1(-h)  # negative
+        moved = following / level * x - (1 - following) * grown * clean
+        if previous is not None and following > 0:
+            moved = moved + (1 - following) * (h + grown) / (log_snr[i] - log_snr[i - 1]) * (clean - previous)
+        x, previous = moved, clean
+    return x
+
+
 def flow_unipc(velocity: Velocity, noise: Tensor, levels: Tensor) -> Tensor:
     """UniPC of order 2 in its B2(h) variant, predicting data (Zhao et al. 2023, algorithm 8), one call a step.
 
@@ -153,7 +180,7 @@ def flow_unipc(velocity: Velocity, noise: Tensor, levels: Tensor) -> Tensor:
     level of exactly 1 is taken as the limit, lambda = -inf.
     """
     points = levels.tolist()
-    log_snr = [math.inf if s == 0 else -math.inf if s >= 1 else math.log((1 - s) / s) for s in points]
+    log_snr = _log_snr(points)
     steps = len(points) - 1
     x, previous = noise, noise  # previous: the corrected latents from which the last step was taken
     cleans: list[Tensor] = []  # predictions at the points so far; no more than the last two are read

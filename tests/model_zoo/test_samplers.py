@@ -6,6 +6,7 @@ Whole trajectories against diffusers: tests/parity/test_samplers_diffusers.py.
 import itertools
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -16,6 +17,7 @@ from worldloom_model_zoo.samplers import (
     edm_euler,
     edm_heun,
     edm_sigmas,
+    flow_ab2,
     flow_consistency,
     flow_denoiser,
     flow_euler,
@@ -114,13 +116,58 @@ def test_edm_samplers_end_where_the_flow_ends(sampler: Callable[..., Tensor]) ->
     torch.testing.assert_close(made, end(x), atol=0.04 if sampler is edm_euler else 3e-3, rtol=0)
 
 
-def test_unipc_takes_a_level_of_one_as_the_limit() -> None:
+def test_adams_bashforth_is_of_order_two_where_steps_in_lambda_shrink() -> None:
+    velocity, end = gaussian()
+    errors = []
+    for steps in (64, 128, 256):
+        levels = karras_flow_levels(steps, 0.002, 80.0)
+        top = float(levels[0])
+        spread = ((1 - top) ** 2 * 0.3**2 + top**2) ** 0.5
+        errors.append((flow_ab2(velocity, spread * noise(), levels) - end(noise())).abs().max().item())
+    for coarse, fine in itertools.pairwise(errors):
+        assert coarse / fine > 0.8 * 4
+    assert errors[-1] < 1e-3
+
+
+@pytest.mark.parametrize("sampler", [flow_ab2, flow_unipc])
+def test_a_level_of_one_is_taken_as_the_limit(sampler: Callable[..., Tensor]) -> None:
     velocity, _ = gaussian()
     x = noise()
-    exact = flow_unipc(velocity, x, flow_levels(8))
-    near = flow_unipc(velocity, x, flow_levels(8, first=1 - 1e-9))
+    exact = sampler(velocity, x, flow_levels(8))
+    near = sampler(velocity, x, flow_levels(8, first=1 - 1e-9))
     assert exact.isfinite().all()
     torch.testing.assert_close(exact, near, atol=1e-4, rtol=0)  # it is approached with 1 / lambda
+
+
+@pytest.mark.parametrize("steps", [2, 3, 12])
+def test_adams_bashforth_solves_edms_equation_for_a_straight_prediction(steps: int) -> None:
+    """In EDM's variables, with lambda = -ln sigma: dx/dlambda = D - x (Zhang et al. 2023). D is the line through the
+    two last predictions, and the integral over a step is taken by Gauss-Legendre quadrature. Predict2's levels, and its
+    last call, whose prediction is the result.
+    """
+    seen: list[Tensor] = []
+
+    def velocity(x: Tensor, s: float) -> Tensor:
+        seen.append(x)
+        return torch.sin(2 * x) + s**2 * x.roll(1, -1) - np.cos(5 * s)
+
+    made = flow_ab2(velocity, 80 / 81 * noise(), karras_flow_levels(steps, 0.002, 80.0))
+    ours, seen[:] = [*seen, made], []
+
+    sigmas = edm_sigmas(steps, 0.002, 80.0)[:-1].tolist()
+    nodes, weights = np.polynomial.legendre.leggauss(40)
+    denoise, x, before = flow_denoiser(velocity), 80 * noise(), None
+    for sigma, following in itertools.pairwise(sigmas):
+        clean, here, there = denoise(x, sigma), -np.log(sigma), -np.log(following)
+        slope = 0 if before is None else (clean - before[1]) / (here - before[0])
+        x = x * following / sigma
+        for node, weight in zip(nodes, weights, strict=True):
+            at = here + (there - here) * (node + 1) / 2
+            x = x + (there - here) / 2 * weight * np.exp(at - there) * (clean + (at - here) * slope)
+        before = (here, clean)
+    end = denoise(x, sigmas[-1])
+    assert len(ours) == len(seen) + 1 == steps + 1
+    torch.testing.assert_close(torch.stack(ours), torch.stack([*seen, end]), atol=1e-9, rtol=1e-9)
 
 
 @given(steps=st.integers(1, 40), top=st.floats(1, 300), bottom=st.floats(1e-3, 0.5))

@@ -21,6 +21,7 @@ from worldloom_model_zoo.predict.caching import TensorCache, content_key, defaul
 from worldloom_model_zoo.predict.config import PredictCheckpoint, PredictConfig, SamplerConfig, tiny
 from worldloom_model_zoo.predict.model import KVCache, PredictTransformer
 from worldloom_model_zoo.predict.pipeline import PredictPipeline
+from worldloom_model_zoo.predict.recipes import recipe
 from worldloom_model_zoo.predict.sampling import GuidedNetwork, as_context, draw_latents, schedule
 from worldloom_model_zoo.predict.skipping import FirstBlockCache
 
@@ -136,7 +137,9 @@ def test_batched_guidance_wants_texts_of_one_length() -> None:
 # -- schedules and methods -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["euler", "heun", "unipc", "consistency", "shortcut", "edm_euler", "edm_heun"])
+@pytest.mark.parametrize(
+    "method", ["euler", "heun", "ab2", "unipc", "consistency", "shortcut", "edm_euler", "edm_heun"]
+)
 @pytest.mark.parametrize("attention", ["causal", "full"])
 def test_every_method_runs_from_its_configuration(method: Any, attention: str) -> None:
     world = pipeline(attention=attention, step_size=method == "shortcut")
@@ -174,6 +177,21 @@ def test_edm_sampling_ends_at_the_data_its_network_knows(method: Any) -> None:
     shown, sigma = as_context(noise, sampler, lambda: noise)
     assert sigma == 0.002
     torch.testing.assert_close(shown, noise / math.hypot(sigma, 0.7))
+
+
+def test_predict2_is_sampled_from_its_strongest_noise_to_a_last_call_at_its_weakest() -> None:
+    sampler, noise = recipe("cosmos-predict2-2b-video2world").sampler, randn(1, 4, 2, 4, 4)
+    assert sampler is not None
+    seen: list[tuple[Tensor, float]] = []
+
+    def velocity(x: Tensor, level: float, step: float | None) -> Tensor:
+        seen.append((x, level / (1 - level)))
+        return x.sin()
+
+    draw_latents(velocity, noise, sampler, lambda: noise)
+    assert len(seen) == 35 + 1
+    torch.testing.assert_close(seen[0][0], 80 / 81 * noise)
+    assert (seen[0][1], seen[-1][1]) == (pytest.approx(80), pytest.approx(0.002))
 
 
 @torch.no_grad()

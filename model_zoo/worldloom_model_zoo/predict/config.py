@@ -116,10 +116,11 @@ class SamplerConfig:
 
     steps: int = 4
     """Steps from noise to a clean frame; calls of the network, of which ``heun`` makes two a step."""
-    method: Literal["euler", "heun", "unipc", "shortcut", "consistency", "edm_euler", "edm_heun"] = "euler"
-    """``euler``, ``heun``, ``unipc`` (order 2): integrate the flow. ``shortcut``: the network is told its step, for
-    models with step_size. ``consistency``: jumps to clean and adds fresh noise, for distilled models. ``edm_euler`` and
-    ``edm_heun``: for models trained under EDM (Karras et al. 2022)."""
+    method: Literal["euler", "heun", "ab2", "unipc", "shortcut", "consistency", "edm_euler", "edm_heun"] = "euler"
+    """``euler``, ``heun``, ``ab2`` (two-step Adams-Bashforth, Predict2's), ``unipc`` (order 2): integrate the flow.
+    ``shortcut``: the network is told its step, for models with step_size. ``consistency``: jumps to clean and adds
+    fresh noise, for distilled models. ``edm_euler`` and ``edm_heun``: for models trained under EDM (Karras et al.
+    2022)."""
     schedule: Literal["uniform", "karras"] = "uniform"
     """``uniform``: evenly from first_level to last_level, shifted. ``karras``: sigma_max to sigma_min after Karras et
     al. 2022, s = sigma / (1 + sigma). Either ends at 0."""

@@ -22,6 +22,7 @@ from worldloom_model_zoo.samplers import (
     edm_euler,
     edm_heun,
     edm_sigmas,
+    flow_ab2,
     flow_consistency,
     flow_euler,
     flow_heun,
@@ -70,6 +71,8 @@ def draw_latents(
 
     if method == "consistency":
         return flow_consistency(velocity, noise, levels, fresh)
+    if method == "ab2":  # Predict2 starts from noise as strong as its first level
+        return flow_ab2(velocity, float(levels[0]) * noise, levels)
     return {"euler": flow_euler, "heun": flow_heun, "unipc": flow_unipc}[method](velocity, noise, levels)
 
 
