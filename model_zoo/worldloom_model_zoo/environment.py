@@ -29,7 +29,7 @@ from torch import Tensor
 
 from worldloom import media
 from worldloom.errors import WorldloomError, missing_extra
-from worldloom.protocols import Steps
+from worldloom.protocols import Steps, capabilities
 from worldloom.shards import Dataset
 from worldloom_model_zoo.starts import Start, StartPool, discrete_size, one_hot
 
@@ -119,7 +119,7 @@ class WorldModelEnv(VectorEnv):
             from worldloom.loading import load_model
 
             model = load_model(model, device=device)
-        if not isinstance(model, Steps) or not _causal(model):
+        if not isinstance(model, Steps) or "Steps" not in capabilities(model):
             raise WorldloomError("this model cannot be stepped", got=type(model).__name__, do="give a causal one")
         if num_envs < 1 or (max_steps is not None and max_steps < 1):
             raise WorldloomError("num_envs and max_steps must be at least 1", got=(num_envs, max_steps))
@@ -450,12 +450,6 @@ def _align(model: Steps, actions: Tensor, names: tuple[str, ...]) -> Tensor:
             "the actions have another size than the model's", got=actions.shape[-1], do=f"give {model.action_dim}"
         )
     return actions
-
-
-def _causal(model: Any) -> bool:
-    """False for the one kind of model that has `step` and cannot: a pipeline whose attention sees the future."""
-    config = getattr(getattr(model, "model", None), "config", None)
-    return getattr(config, "attention", "causal") == "causal"
 
 
 def _first_size(pool: StartPool | None) -> tuple[int, int]:

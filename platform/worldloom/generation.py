@@ -30,7 +30,7 @@ from worldloom import media
 from worldloom.artifacts import Store, atomic_write, code_version, file_digest
 from worldloom.errors import WorldloomError
 from worldloom.guardrails import Finding, Guardrails
-from worldloom.protocols import Acts, HasProvenance, InfersActions
+from worldloom.protocols import HasProvenance, capabilities
 from worldloom.schema import GenerationRequest, Sample
 
 if TYPE_CHECKING:
@@ -399,9 +399,7 @@ def require_generates(model: Any, name: str) -> Generates:
     Raises:
         WorldloomError: it cannot; says what it can do.
     """
-    from worldloom.protocols import Generates
-
-    if isinstance(model, Generates):
+    if "Generates" in capabilities(model):
         return model
     raise WorldloomError("this model does not generate videos", got=name, do=f"it does this: {_abilities(model)}")
 
@@ -412,8 +410,8 @@ def require_acts(model: Any, name: str, mode: str) -> Any:
     Raises:
         WorldloomError: it cannot; says what it can do.
     """
-    wanted, words = (InfersActions, "infer actions") if mode == "inverse_dynamics" else (Acts, "choose actions")
-    if isinstance(model, wanted) and isinstance(model, HasProvenance):
+    wanted, words = ("InfersActions", "infer actions") if mode == "inverse_dynamics" else ("Acts", "choose actions")
+    if wanted in capabilities(model) and isinstance(model, HasProvenance):
         return model
     raise WorldloomError(
         f"this model does not {words}", got=f"model_mode {mode} with {name}", do=f"it does this: {_abilities(model)}"
@@ -421,7 +419,4 @@ def require_acts(model: Any, name: str, mode: str) -> Any:
 
 
 def _abilities(model: Any) -> str:
-    from worldloom.protocols import capabilities
-
-    able = capabilities(model)
-    return ", ".join(able).lower() or "nothing"
+    return ", ".join(capabilities(model)).lower() or "nothing"

@@ -378,7 +378,7 @@ def test_a_batch_makes_a_folder_a_sample_and_goes_on_past_those_that_fail(
         "gone": "no such file",
         "broken": "not an image",
         "odd": "1 + 4k",
-        "acting": "does not predict actions",
+        "acting": "does not choose actions",
         "dim": "raw_action_dim",
     }
     for name, what in wrong.items():
