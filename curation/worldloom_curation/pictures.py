@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from worldloom.decoding import Limits, Reader, rotation_of, to_rgb
+from worldloom.decoding import Limits, rotation_of, to_rgb
 from worldloom.errors import missing_extra
-from worldloom.media import fit
+from worldloom.media import fit, iter_decoded
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -226,19 +226,12 @@ def frames(source: Source, start: int, end: int | None, limits: Limits) -> Itera
     Raises:
         WorldloomError: as `worldloom.media.iter_frames`.
     """
-    with Reader(source, limits) as reader:
-        index, shape = -1, None
-        for index, picture in reader.frames_from(start):
-            if end is not None and index >= end:
-                return
-            if index < start:
-                continue
-            frame = Frame.decoded(picture)
-            # A stream may change its size on the way; the first frame's size is the video's.
-            shape = shape or (frame.height, frame.width)
-            yield frame if (frame.height, frame.width) == shape else Frame(fit(frame.rgb()[None], shape)[0])
-        if index < 0:
-            raise reader.no_frame()
+    shape = None
+    for picture in iter_decoded(source, start, end, limits=limits):
+        frame = Frame.decoded(picture)
+        # A stream may change its size on the way; the first frame's size is the video's.
+        shape = shape or (frame.height, frame.width)
+        yield frame if (frame.height, frame.width) == shape else Frame(fit(frame.rgb()[None], shape)[0])
 
 
 def _pixels(plane: Any) -> np.ndarray:

@@ -10,10 +10,8 @@ not deterministic.
 from __future__ import annotations
 
 import io
-import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from fractions import Fraction
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +23,13 @@ from worldloom.decoding import (
     Reader,
     Source,
     VideoInfo,
-    import_av,
     local_file,
     over_limit,
     rotation_of,
     source_name,
     to_rgb,
 )
+from worldloom.encoding import check_frame, copy_video, write_video
 from worldloom.errors import WorldloomError, missing_extra
 
 if TYPE_CHECKING:
@@ -44,6 +42,7 @@ __all__ = [
     "contact_sheet",
     "copy_video",
     "fit",
+    "iter_decoded",
     "iter_frames",
     "probe",
     "read_frames",
@@ -107,18 +106,30 @@ def iter_frames(
     Raises:
         WorldloomError: as `probe`, or for a span that makes no sense.
     """
+    shape = None
+    for frame in iter_decoded(source, start, end, stride, limits):
+        image = to_rgb(frame)
+        # A stream may change its size on the way; the first frame's size is the video's.
+        shape = shape or image.shape[:2]
+        yield fit(image[None], size or shape)[0] if image.shape[:2] != (size or shape) else image
+
+
+def iter_decoded(
+    source: Source, start: int = 0, end: int | None = None, stride: int = 1, limits: Limits = DEFAULT_LIMITS
+) -> Iterator[Any]:
+    """The same frames as PyAV decodes them (``av.VideoFrame``), neither turned nor fitted.
+
+    Raises:
+        WorldloomError: as `iter_frames`.
+    """
     _check_span(start, end, stride)
     with Reader(source, limits) as reader:
-        index, shape = -1, None
+        index = -1
         for index, frame in reader.frames_from(start):
             if end is not None and index >= end:
                 return
-            if index < start or (index - start) % stride:
-                continue
-            image = to_rgb(frame)
-            # A stream may change its size on the way; the first frame's size is the video's.
-            shape = shape or image.shape[:2]
-            yield fit(image[None], size or shape)[0] if image.shape[:2] != (size or shape) else image
+            if index >= start and (index - start) % stride == 0:
+                yield frame
         if index < 0:
             raise reader.no_frame()
 
@@ -155,121 +166,6 @@ def read_frames(
             do="check the span",
         )
     return np.stack(out)
-
-
-def write_video(
-    path: str | os.PathLike[str] | None,
-    frames: np.ndarray | Iterable[np.ndarray],
-    fps: float | Fraction,
-    lossless: bool = False,
-    crf: int = 18,
-) -> bytes | None:
-    """Encode uint8 RGB frames as MP4 (H.264). Equal frames give equal bytes (by one PyAV wheel on one kind of CPU).
-
-    ``lossless`` stores RGB exactly (4:4:4, quantiser 0; browsers do not play it). Otherwise 4:2:0, or 4:4:4 where the
-    width or the height is odd, since 4:2:0 cannot hold those.
-
-    Args:
-        path: the file, replaced atomically; None returns the bytes instead.
-        frames: ``(t, h, w, 3)``, or an iterable of ``(h, w, 3)``.
-        fps: frames per second.
-        crf: x264's constant rate factor, 0 (best) to 51.
-
-    Raises:
-        WorldloomError: no frames, another dtype or shape, a size that changes, or a rate that is not positive.
-    """
-    av = import_av()
-    if not fps or not math.isfinite(fps) or fps <= 0:
-        raise WorldloomError("the frame rate must be a positive number", got=fps)
-    if not 0 <= crf <= 51:
-        raise WorldloomError("crf must lie between 0 and 51", got=crf)
-    rate = Fraction(fps).limit_denominator(65536)
-    iterator = iter(frames)
-    first = next(iterator, None)
-    if first is None:
-        raise WorldloomError("there are no frames to write", do="give at least one frame")
-    _check_frame(first, first.shape)
-    height, width = first.shape[:2]
-    buffer = io.BytesIO()
-    options = {"threads": "1", "preset": "ultrafast" if lossless else "veryfast"}
-    # Off: macroblock-tree rate control. At small sizes x264 reads memory there that it never wrote: one in ten files
-    # differed between runs at 64x64 (none in thousands without it).
-    options |= {"qp": "0"} if lossless else {"crf": str(crf), "x264-params": "mbtree=0"}
-    with av.open(buffer, "w", format="mp4", container_options={"fflags": "+bitexact"}) as container:
-        stream: Any = container.add_stream("libx264rgb" if lossless else "libx264", rate=rate, options=options)
-        stream.width, stream.height = width, height
-        stream.pix_fmt = "rgb24" if lossless else "yuv420p" if height % 2 == 0 and width % 2 == 0 else "yuv444p"
-        stream.thread_type, stream.codec_context.thread_count = "NONE", 1
-        if not lossless:
-            stream.codec_context.colorspace = 6  # BT.601, which is what the conversion below computes
-        frame, index = first, 0
-        while frame is not None:
-            _check_frame(frame, first.shape)
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            if not lossless:
-                picture = picture.reformat(format=stream.pix_fmt, dst_colorspace="ITU601", threads=1)
-            picture.pts = index
-            container.mux(stream.encode(picture))
-            frame, index = next(iterator, None), index + 1
-        container.mux(stream.encode(None))
-    data = buffer.getvalue()
-    if path is None:
-        return data
-    _write(path, data)
-    return None
-
-
-def copy_video(
-    source: Source, frames: int, fps: float, size: tuple[int, int], limits: Limits = DEFAULT_LIMITS
-) -> bytes | None:
-    """The video of a file as an MP4 of its own, without encoding it again; None where it is not what is asked for.
-
-    It must be H.264, 4:2:0, upright, with a constant rate. Nothing but the video stream is taken along.
-
-    Args:
-        source: as for `probe`.
-        frames: how many there must be.
-        fps: frames per second that there must be.
-        size: ``(h, w)`` that they must have.
-
-    Raises:
-        WorldloomError: as `probe`.
-    """
-    with Reader(source, limits) as reader:
-        first, stream = next(reader.frames(), None), reader.stream
-        context = stream.codec_context
-        if first is None or rotation_of(first) or (context.name, context.pix_fmt) != ("h264", "yuv420p"):
-            return None
-        if (first.height, first.width) != size or not stream.time_base:
-            return None
-        step = 1 / (fps * float(stream.time_base))  # of time stamps
-    times: list[int] = []
-    with Reader(source, limits) as reader:
-        for packet in _stored(reader):
-            if packet is None or (not times and not packet.is_keyframe):
-                return None
-            times.append(packet.pts)
-    times.sort()
-    if len(times) != frames or any(abs(time - times[0] - i * step) > 1 for i, time in enumerate(times)):
-        return None
-    buffer = io.BytesIO()
-    with Reader(source, limits) as reader:
-        options = {"fflags": "+bitexact"}
-        with reader.av.open(buffer, "w", format="mp4", container_options=options) as out:
-            stream = out.add_stream_from_template(reader.stream)
-            stream.metadata.clear()
-            for packet in _stored(reader):
-                packet.pts, packet.dts, packet.stream = packet.pts - times[0], packet.dts - times[0], stream
-                out.mux(packet)
-    return buffer.getvalue()
-
-
-def _stored(reader: Reader) -> Iterator[Any]:
-    """The packets of a video; None in the place of one that is damaged or has no time stamps."""
-    for packet in reader.container.demux(reader.stream):
-        if packet.size:
-            damaged = packet.is_corrupt or packet.is_discard or packet.pts is None or packet.dts is None
-            yield None if damaged else packet
 
 
 def to_tensor(frames: np.ndarray) -> Tensor:
@@ -365,7 +261,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
 def write_image(path: str | os.PathLike[str] | None, frame: np.ndarray) -> bytes | None:
     """Encode a uint8 ``(h, w, 3)`` image as PNG (JPEG where the path ends so); None returns the PNG's bytes."""
     image_module = _pillow()
-    _check_frame(frame, frame.shape)
+    check_frame(frame, frame.shape)
     buffer = io.BytesIO()
     jpeg = path is not None and Path(path).suffix.lower() in (".jpg", ".jpeg")
     image_module.fromarray(np.ascontiguousarray(frame)).save(
@@ -385,7 +281,7 @@ def write_gif(path: str | os.PathLike[str] | None, frames: np.ndarray, fps: floa
     if not fps > 0:
         raise WorldloomError("the frame rate must be a positive number", got=fps)
     for frame in frames:
-        _check_frame(frame, frames.shape[1:])
+        check_frame(frame, frames.shape[1:])
     first, *rest = [image_module.fromarray(np.ascontiguousarray(frame)) for frame in frames]
     buffer = io.BytesIO()
     # GIF counts hundredths of a second, and players slow anything under two of them down.
@@ -455,13 +351,6 @@ def _check_size(size: tuple[int, int]) -> tuple[int, int]:
     if height < 1 or width < 1 or height * width > DEFAULT_LIMITS.max_pixels:
         raise WorldloomError("a size is (height, width), both at least 1", got=size)
     return height, width
-
-
-def _check_frame(frame: np.ndarray, shape: tuple[int, ...]) -> None:
-    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or frame.shape != shape or 0 in frame.shape:
-        raise WorldloomError(
-            "frames must be uint8 (h, w, 3), all of one size", got=f"{frame.dtype} {frame.shape}, first {shape}"
-        )
 
 
 def _pillow() -> Any:

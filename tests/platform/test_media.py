@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from worldloom import media
+from worldloom.encoding import for_encoder
 from worldloom.errors import WorldloomError
 
 av = pytest.importorskip("av")
@@ -378,3 +379,43 @@ def test_what_is_not_that_video_is_not_copied() -> None:
     assert media.copy_video(turned(data, 90), 30, 25, (48, 64)) is None
     assert media.copy_video(exact, 30, 25, (48, 64)) is None
     assert media.copy_video(encode(frames, "mpeg4", "avi", {}), 30, 25, (48, 64)) is None
+
+
+# -- pictures for the encoder, without RGB ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("encoder", "pixels", "colorspace"),
+    [("libx264", "yuv420p", 1), ("libx264", "yuv422p", 6), ("libx264", "yuv420p10le", 1), ("mjpeg", "yuvj420p", 5)],
+)
+def test_pictures_for_the_encoder_are_stored_as_their_rgb_would_be(encoder: str, pixels: str, colorspace: int) -> None:
+    frames = scene(6, 96, 160)
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="matroska") as out:
+        stream = out.add_stream(encoder, rate=25, options={"crf": "8"} if encoder == "libx264" else {"q": "2"})
+        stream.height, stream.width, stream.pix_fmt = 96, 160, pixels
+        stream.codec_context.colorspace = colorspace
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            out.mux(stream.encode(picture.reformat(format=pixels, dst_colorspace=colorspace)))
+        out.mux(stream.encode(None))
+    data = buffer.getvalue()
+    made = [for_encoder(picture, (48, 80)) for picture in media.iter_decoded(data)]
+    assert all(picture is not None for picture in made)
+    stored = media.write_video(None, made, 25, crf=4)
+    again = media.write_video(None, media.iter_frames(data, size=(48, 80)), 25, crf=4)
+    assert stored is not None
+    assert again is not None
+    assert psnr(media.read_frames(stored), media.read_frames(again)) > 36
+    info = media.probe(stored)
+    assert (info.frames, info.fps, info.pix_fmt, info.height, info.width) == (6, 25, "yuv420p", 48, 80)
+
+
+def test_pictures_that_must_be_cut_turned_or_odd_go_through_rgb() -> None:
+    data = media.write_video(None, scene(2), 25)
+    assert data is not None
+    picture = next(media.iter_decoded(data))
+    assert for_encoder(picture, (24, 32)) is not None
+    assert for_encoder(picture, (24, 24)) is None
+    assert for_encoder(picture, (27, 36)) is None
+    assert for_encoder(next(media.iter_decoded(turned(data, 90))), (24, 32)) is None

@@ -111,11 +111,12 @@ def encode_spans(
             return
     at = spans[0].start
     first = spans[0].source.window[0] if spans[0].source.window else 0
-    frames = media.iter_frames(video, start=first + at, end=first + spans[-1].end, size=size, limits=limits)
+    pictures = media.iter_decoded(video, first + at, first + spans[-1].end, limits=limits)
+    plain = not (only.source.exact or blurs_faces(only, config))
     for span in spans:
         assert span.start >= at, "spans must be in order"
-        _skip(frames, span.start - at)
-        taken = _every(frames, span)
+        _skip(pictures, span.start - at)
+        taken = _fitted(_every(pictures, span), size, plain)
         if blurs_faces(span, config):
             taken = without_faces(taken)
         encoded = media.write_video(None, taken, span.fps / span.step, lossless=span.source.exact, crf=config.crf)
@@ -152,12 +153,27 @@ def without_faces(frames: Iterator[np.ndarray], guard: FaceGuard | None = None) 
         part = after + list(islice(frames, _FACES_AT_ONCE - 1)) if after else []
 
 
-def _skip(frames: Iterator[np.ndarray], count: int) -> None:
+def _fitted(pictures: Iterator[Any], size: tuple[int, int], plain: bool) -> Iterator[Any]:
+    """Decoded pictures at that size, for the encoder; or uint8 ``(h, w, 3)``, where more than shrinking is to be done.
+
+    Args:
+        plain: whether no one looks at the pixels.
+    """
+    from worldloom.decoding import to_rgb
+    from worldloom.encoding import for_encoder
+    from worldloom.media import fit
+
+    for picture in pictures:
+        made = for_encoder(picture, size) if plain else None
+        yield fit(to_rgb(picture)[None], size)[0] if made is None else made
+
+
+def _skip(frames: Iterator[Any], count: int) -> None:
     for _ in islice(frames, count):
         pass
 
 
-def _every(frames: Iterator[np.ndarray], span: Span) -> Iterator[np.ndarray]:
+def _every(frames: Iterator[Any], span: Span) -> Iterator[Any]:
     """The frames of a span that its step takes; reads exactly the span's frames off the iterator."""
     for i in range(span.end - span.start):
         frame = next(frames, None)
