@@ -29,6 +29,7 @@ from torch import Tensor  # noqa: E402
 BUDGET = 240.0  # seconds of measuring per case, after which no further pair is begun
 
 
+@torch.inference_mode(False)  # as a user makes them: parameters that count their versions
 def networks(model: str) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Ours and theirs, at the published size, with equal random weights."""
     import diffusers

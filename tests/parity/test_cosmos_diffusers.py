@@ -72,6 +72,23 @@ def test_latents_and_frames_are_those_of_diffusers(config: CosmosConfig, groups:
             torch.testing.assert_close(ours.decode_raw(latents), expected, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("groups", [0, 1])
+def test_kernels_that_are_kept_between_calls_give_the_same(groups: int) -> None:
+    """Wide enough that 3x3 kernels are transformed and kept, and that one frame goes through kernels joined in time."""
+    config = CosmosConfig(width=64, multipliers=(1, 1, 1), decoder_multipliers=(1, 1, 1))
+    theirs, ours = peer(config, exact=True), CosmosTokenizer(config).double().eval()
+    from_released(ours, checkpoint.names(config), theirs.state_dict(), "diffusers")
+    video = torch.rand(1, 3, 1 + config.temporal_ratio * groups, 64, 64, dtype=torch.float64) * 2 - 1
+    with torch.no_grad():
+        latents = theirs.encode(video).latent_dist.mode()
+        expected = theirs.decode(latents).sample
+        for _ in range(2):
+            torch.testing.assert_close(ours.encode(video), latents, rtol=0, atol=1e-11)
+            torch.testing.assert_close(ours.decode_raw(latents), expected, rtol=0, atol=1e-10)
+    conv = ours.encoder.stages[0].blocks[0].conv1
+    assert (conv.joined if groups == 0 else conv.space.frames)._held is not None
+
+
 def test_with_their_rounded_wavelet_the_difference_is_that_rounding(config: CosmosConfig) -> None:
     theirs, ours = peer(config, exact=False), CosmosTokenizer(config).double().eval()
     from_released(ours, checkpoint.names(config), theirs.state_dict(), "diffusers")

@@ -59,7 +59,9 @@ def test_enlarging_folds_into_the_convolution(h: int, w: int, c: int, o: int, bi
     added = offset if bias else None
     large = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     expected = direct(large, weight[:, :, None], added, 3)
-    torch.testing.assert_close(layers.enlarge3x3(x, weight, added), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        layers.enlarge3x3(x, layers.enlarging_kernels(weight), added), expected, rtol=0, atol=1e-12
+    )
 
 
 def test_which_way_is_taken_does_not_show() -> None:

@@ -151,9 +151,9 @@ class VideoCodec(nn.Module):
         if pad:
             video = self._pad(video)
         self._check_video(video, first=True)
-        state: State = {}
         chunk = chunk if chunk is not None else self._chunk(video.shape[3] * video.shape[4])
         parts = video.split(self._sizes(self.latent_frames(video.shape[2]), chunk, self.temporal_ratio), dim=2)
+        state: State | None = {} if len(parts) > 1 else None
         return torch.cat([self._encode_part(part, state, tiling) for part in parts], dim=2)
 
     def decode(
@@ -167,9 +167,9 @@ class VideoCodec(nn.Module):
             tiling: cut frames into tiles.
         """
         self._check_latents(latents)
-        state: State = {}
         chunk = chunk if chunk is not None else self._chunk(latents[0, 0, 0].numel() * self.spatial_ratio**2)
         parts = latents.split(self._sizes(latents.shape[2], chunk, 1), dim=2)
+        state: State | None = {} if len(parts) > 1 else None
         video = torch.cat([self._decode_part(part, state, tiling) for part in parts], dim=2)
         if frames is not None and not 0 < frames <= video.shape[2]:
             raise WorldloomError(f"these latents hold 1 to {video.shape[2]} frames", got=f"frames = {frames}")
@@ -261,23 +261,27 @@ class VideoCodec(nn.Module):
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
-    def _encode_part(self, video: Tensor, state: State, tiling: Tiling | None) -> Tensor:
+    def _encode_part(self, video: Tensor, state: State | None, tiling: Tiling | None) -> Tensor:
+        """The next frames of a stream, or with no state all there are."""
         if tiling is None:
             raw = self.encode_raw(video, state)
         else:
             features = self._tiled(video, state, tiling, self._to_features, self.spatial_ratio, self.encode_reach)
             raw = self._quantize(self._to_latents(features, state))
-        state.setdefault("begun", torch.ones(()))  # a network without temporal layers leaves nothing else
+        if state is not None:
+            state.setdefault("begun", torch.ones(()))  # a network without temporal layers leaves nothing else
         return self._normalise(raw)
 
-    def _decode_part(self, latents: Tensor, state: State, tiling: Tiling | None) -> Tensor:
+    def _decode_part(self, latents: Tensor, state: State | None, tiling: Tiling | None) -> Tensor:
+        """The next latents of a stream, or with no state all there are."""
         raw = self._denormalise(latents)
         if tiling is None:
             video = self.decode_raw(raw, state)
         else:
             features = self._from_latents(raw, state)
             video = self._tiled(features, state, tiling, self._from_features, 1, self.decode_reach)
-        state.setdefault("begun", torch.ones(()))
+        if state is not None:
+            state.setdefault("begun", torch.ones(()))
         return video.clamp(-1, 1)
 
     def _tiled(
@@ -309,7 +313,7 @@ class VideoCodec(nn.Module):
             for left, right in columns:
                 y, x0 = max(top - halo, 0), max(left - halo, 0)
                 part = x[..., y * scale : (bottom + halo) * scale, x0 * scale : (right + halo) * scale]
-                own = state.setdefault(("tile", network.__name__, top, left), {})
+                own = None if state is None else state.setdefault(("tile", network.__name__, top, left), {})
                 made = network(part, own)
                 grown = made.shape[-1] // (min(right + halo, width) - x0)  # output positions per feature
                 strip.append(

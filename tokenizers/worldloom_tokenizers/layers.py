@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from worldloom_tokenizers import winograd
+from worldloom_tokenizers import winograd, winograd_frames
 from worldloom_tokenizers.codec import State
+from worldloom_tokenizers.kept import Kept
 
 Past = Literal["zeros", "first"]
 """What a causal convolution sees before the first frame: zeros, or the first frame again."""
@@ -38,15 +39,18 @@ class CausalConv(nn.Module):
         conv = nn.Conv3d(c, o, kernel)  # its initialisation
         assert conv.bias is not None
         self.weight, self.bias, self.past = conv.weight, conv.bias, past
+        self.frames = Kept(winograd_frames.transform)
+        self.summed = Kept(_sum_of_taps)
 
     def forward(self, x: Tensor, state: State | None) -> Tensor:
         """``(b, t, h, w, c)`` -> ``(b, t, h, w, o)``."""
         past, weight = self._past(x, state), self.weight
+        frames, summed = (kept.keeps(self.training, weight) for kept in (self.frames, self.summed))
         if weight.shape[3] == 3:
-            y = conv3x3(past, x, weight, self.bias)
+            y = conv3x3(past, x, weight, self.bias, self.frames if frames else None)
         else:
             if self.past == "first" and past is None and weight.shape[2] > 1:
-                weight = weight.sum(dim=2, keepdim=True)  # every tap sees the same frame
+                weight = self.summed.value(not summed, weight)  # every tap sees the same frame
             y = along_time(past, x, weight.flatten(2), self.bias)
         if state is not None and self.weight.shape[2] > 1:
             self._remember(x, past, state)
@@ -72,6 +76,11 @@ class CausalConv(nn.Module):
             state[self] = writable(held)
         else:
             kept.copy_(held)
+
+
+def _sum_of_taps(weight: Tensor) -> Tensor:
+    """``(o, c, k, 1, 1)`` -> ``(o, c, 1, 1, 1)``."""
+    return weight.sum(dim=2, keepdim=True)
 
 
 def writable(x: Tensor) -> Tensor:
@@ -110,28 +119,43 @@ def _add_product(y: Tensor, first: int, x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-def conv3x3(past: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x (b, t, h, w, c)`` after ``past``, convolved as `winograd.conv3x3` says -> ``(b, t, h, w, o)``."""
+def conv3x3(
+    past: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    frames: Kept[winograd_frames.Kernels] | None = None,
+) -> Tensor:
+    """``x (b, t, h, w, c)`` after ``past``, convolved as `winograd.conv3x3` says -> ``(b, t, h, w, o)``.
+
+    Args:
+        frames: keeps what `winograd_frames` makes of a ``weight`` of one tap in time; in inference alone.
+    """
     b, t, h, w, c = x.shape
     o, _, taps = weight.shape[:3]
     parts = [x] if past is None else [past, x]
     total = sum(part.shape[1] for part in parts)
-    if (
-        not torch.is_grad_enabled()
-        and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.float64)
-        and total > 1  # the first frame alone meets one tap
-        and winograd.worthwhile(b * t * -(-h // 4) * -(-w // 4), min(c, o), taps)
-    ):
-        return winograd.conv3x3(parts, weight, bias, t)
+    if filters_fit(x):
+        tiles = b * t * -(-h // 2) * -(-w // 2)
+        if taps == 1 and frames is not None and winograd_frames.worthwhile(tiles, c, o):
+            return winograd_frames.conv3x3(x.flatten(0, 1), frames.value(False, weight), bias).unflatten(0, (b, t))
+        # the first frame alone meets one tap
+        if total > 1 and winograd.worthwhile(b * t * -(-h // 4) * -(-w // 4), min(c, o), taps):
+            return winograd.conv3x3(parts, weight, bias, t)
     if taps == 1 or total == 1:  # only the last tap sees a frame
         flat = x.flatten(0, 1).permute(0, 3, 1, 2)  # (b*t, c, h, w), channels-last in memory
         return F.conv2d(flat, weight[:, :, -1], bias, padding=1).permute(0, 2, 3, 1).unflatten(0, (b, t))
-    frames = torch.cat(parts, dim=1).permute(0, 4, 1, 2, 3)  # (b, c, T, h, w), channels-last in memory
+    given = torch.cat(parts, dim=1).permute(0, 4, 1, 2, 3)  # (b, c, T, h, w), channels-last in memory
     missing = taps - 1 - (total - t)
     if missing:
-        frames = F.pad(frames, (0, 0, 0, 0, missing, 0))
-    return conv3d(frames, weight, bias, padding=(0, 1, 1)).permute(0, 2, 3, 4, 1)
+        given = F.pad(given, (0, 0, 0, 0, missing, 0))
+    return conv3d(given, weight, bias, padding=(0, 1, 1)).permute(0, 2, 3, 4, 1)
+
+
+def filters_fit(x: Tensor) -> bool:
+    """Whether minimal filtering, of `winograd` and `winograd_frames`, may take the place of torch's convolutions."""
+    exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+    return exact and x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def conv3d(
@@ -166,22 +190,31 @@ _ENLARGED = ([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]], [[1.0, 1.0, 0.0], [0.0, 0.0, 1.
 """For even and for odd rows of an enlarged image: which of a kernel's three rows meet the same row of the small one."""
 
 
-def enlarge3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def enlarging_kernels(weight: Tensor) -> list[Tensor]:
+    """``(o, c, 3, 3)`` -> four of ``(o, c, 2, 2)``, for the places within an output pair, row by row."""
+    weight = weight.reshape(*weight.shape[:2], 3, 3)
+    sums = torch.tensor(_ENLARGED, dtype=weight.dtype, device=weight.device)  # (place, 2 taps, 3 taps)
+    return [
+        torch.einsum("ip,jq,ocpq->oijc", sums[row], sums[column], weight).permute(0, 3, 1, 2)
+        for row in (0, 1)
+        for column in (0, 1)
+    ]
+
+
+def enlarge3x3(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None) -> Tensor:
     """Enlarge twice by repeating pixels, then a 3x3 convolution: ``(b, t, h, w, c)`` -> ``(b, t, 2h, 2w, o)``.
 
     Nine taps on repeated pixels meet four pixels: each of the four places within an output pair is a 2x2 convolution of
-    the small image, whose taps are sums of the kernel's.
+    the small image, whose taps are sums of the kernel's, `enlarging_kernels`.
     """
     b, t, h, w, _ = x.shape
-    o = weight.shape[0]
-    sums = torch.tensor(_ENLARGED, dtype=weight.dtype, device=weight.device)  # (place, 2 taps, 3 taps)
+    o = kernels[0].shape[0]
     flat = x.flatten(0, 1).permute(0, 3, 1, 2)  # (b*t, c, h, w)
     made = x.new_empty(b * t, h, 2, w, 2, o)
-    for row in (0, 1):
-        for column in (0, 1):
-            kernel = torch.einsum("ip,jq,ocpq->oijc", sums[row], sums[column], weight).permute(0, 3, 1, 2)
-            y = F.conv2d(flat, kernel, bias, padding=1).permute(0, 2, 3, 1)
-            made[:, :, row, :, column] = y[:, row : row + h, column : column + w]
+    for place, kernel in enumerate(kernels):
+        row, column = divmod(place, 2)
+        y = F.conv2d(flat, kernel, bias, padding=1).permute(0, 2, 3, 1)
+        made[:, :, row, :, column] = y[:, row : row + h, column : column + w]
     return made.view(b, t, 2 * h, 2 * w, o)
 
 

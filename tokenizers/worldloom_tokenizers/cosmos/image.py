@@ -12,10 +12,21 @@ import itertools
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from worldloom_tokenizers import winograd_frames
 from worldloom_tokenizers.codec import State, VideoCodec
 from worldloom_tokenizers.cosmos import haar
 from worldloom_tokenizers.cosmos.config import CosmosConfig
-from worldloom_tokenizers.layers import add_, attention, channels_last, conv3x3, conv_down, enlarge3x3, silu_
+from worldloom_tokenizers.kept import Kept
+from worldloom_tokenizers.layers import (
+    add_,
+    attention,
+    channels_last,
+    conv3x3,
+    conv_down,
+    enlarge3x3,
+    enlarging_kernels,
+    silu_,
+)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -34,6 +45,7 @@ class Conv(nn.Conv2d):
     def __init__(self, c: int, o: int, kernel: int = 3, way: int = 0) -> None:
         super().__init__(c, o, kernel)
         self.way = way
+        self.frames, self.kernels = Kept(winograd_frames.transform), Kept(enlarging_kernels)
 
     def forward(self, input: Tensor) -> Tensor:
         assert self.bias is not None
@@ -42,8 +54,11 @@ class Conv(nn.Conv2d):
         if self.way < 0:
             return conv_down(input, self.weight, self.bias)
         if self.way > 0:
-            return enlarge3x3(input, self.weight, self.bias)
-        return conv3x3(None, input, self.weight[:, :, None], self.bias)
+            return enlarge3x3(input, self.kernels.value(self.training, self.weight), self.bias)
+        weight = self.weight[:, :, None]
+        return conv3x3(
+            None, input, weight, self.bias, self.frames if self.frames.keeps(self.training, weight) else None
+        )
 
 
 class Block(nn.Module):

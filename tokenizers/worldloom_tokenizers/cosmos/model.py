@@ -12,15 +12,28 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from worldloom_tokenizers import winograd_frames
 from worldloom_tokenizers.codec import State, VideoCodec
 from worldloom_tokenizers.cosmos import haar
 from worldloom_tokenizers.cosmos.config import CosmosConfig
-from worldloom_tokenizers.layers import CausalConv, add_, attention, channels_last, conv_down, enlarge3x3, silu_
+from worldloom_tokenizers.kept import Kept
+from worldloom_tokenizers.layers import (
+    CausalConv,
+    add_,
+    attention,
+    channels_last,
+    conv_down,
+    enlarge3x3,
+    enlarging_kernels,
+    filters_fit,
+    silu_,
+)
 
 _PLACES = 1 << 20
 """Values of the past that attention along time brings together at a time."""
@@ -48,9 +61,38 @@ class Conv(nn.Module):
         super().__init__()
         self.space = CausalConv(c, o, (1, 3, 3), past="first")
         self.time = CausalConv(o, o, (3, 1, 1), past="first")
+        self.joined = Kept(_join)
 
     def forward(self, x: Tensor, state: State | None) -> Tensor:
-        return self.time(self.space(x, state), state)
+        for step in self.steps(x, state):
+            x = step(x, state)
+        return x
+
+    def steps(self, x: Tensor, state: State | None) -> tuple[Callable[[Tensor, State | None], Tensor], ...]:
+        """What to apply, one after another, so that a caller who does frees each result when the next is there.
+
+        One frame alone goes through both kernels as one.
+        """
+        b, t, h, w, c = x.shape
+        alone = self.joined.keeps(self.training, *self._of_both()) and state is None and t == 1
+        tiles = b * -(-h // 2) * -(-w // 2)
+        if alone and filters_fit(x) and winograd_frames.worthwhile(tiles, c, self.space.weight.shape[0]):
+            return (self._alone,)
+        return self.space, self.time
+
+    def _alone(self, x: Tensor, state: State | None) -> Tensor:
+        kernels, bias = self.joined.value(False, *self._of_both())
+        return winograd_frames.conv3x3(x[:, 0], kernels, bias)[:, None]
+
+    def _of_both(self) -> tuple[Tensor, ...]:
+        return self.space.weight, self.space.bias, self.time.weight, self.time.bias
+
+
+def _join(space: Tensor, bias: Tensor, time: Tensor, offset: Tensor) -> tuple[winograd_frames.Kernels, Tensor]:
+    """A kernel ``(m, c, 1, 3, 3)``, then ``(o, m, 3, 1, 1)`` whose taps all see one frame, as one kernel; its bias."""
+    taps = time.double().sum(dim=(2, 3, 4))  # (o, m)
+    both = torch.tensordot(taps, space.double(), 1).to(space.dtype)
+    return winograd_frames.transform(both), (taps @ bias.double() + offset).to(bias.dtype)
 
 
 def point(c: int, o: int) -> CausalConv:
@@ -69,11 +111,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, state: State | None) -> Tensor:
         y = silu_(self.norm1(x))
-        y = self.conv1.space(y, state)  # one after another, so that each result is freed when the next is there
-        y = self.conv1.time(y, state)
+        for step in self.conv1.steps(y, state):
+            y = step(y, state)
         y = silu_(self.norm2(y))
-        y = self.conv2.space(y, state)
-        y = self.conv2.time(y, state)
+        for step in self.conv2.steps(y, state):
+            y = step(y, state)
         return add_(y, x if self.shortcut is None else self.shortcut(x, state))
 
 
@@ -104,6 +146,10 @@ class Attention(nn.Module):
         t, places, c = x.shape[1:]
         parts = [x] if state is None else [*self._past(state), x]
         total = sum(part.shape[1] for part in parts)
+        if total == 1 and not torch.is_grad_enabled():  # all weight is on the only frame
+            if state is not None:
+                self._remember(x, state)
+            return F.linear(x, self.v.weight.flatten(1), self.v.bias)
         q = F.linear(x, self.q.weight.flatten(1), self.q.bias) * c**-0.5
         constant = F.linear(q, self.k.bias[None])  # (b, t, h*w, 1): softmax takes it away; the bias keeps a gradient
         q = F.linear(q, self.k.weight.flatten(1).T)
@@ -196,6 +242,7 @@ class Up(nn.Module):
         self.conv1 = CausalConv(c, c, (3, 1, 1), past="first") if time else None
         self.conv2 = nn.Conv3d(c, c, (1, 3, 3)) if space else None
         self.conv3 = point(c, c)
+        self.kernels = Kept(enlarging_kernels)
 
     def forward(self, x: Tensor, state: State | None) -> Tensor:
         if self.conv1 is not None:
@@ -203,7 +250,8 @@ class Up(nn.Module):
             x = x.repeat_interleave(2, dim=1)[:, int(first) :]  # the first frame stays one
             x = add_(self.conv1(x, state), x)
         if self.conv2 is not None:
-            y = enlarge3x3(x, self.conv2.weight[:, :, 0], self.conv2.bias)
+            kernels = self.kernels.value(self.training, self.conv2.weight)
+            y = enlarge3x3(x, kernels, self.conv2.bias)
             b, t, h, w, c = x.shape
             repeated = x[:, :, :, None, :, None].expand(b, t, h, 2, w, 2, c)
             x = add_(y.view(b, t, h, 2, w, 2, c), repeated).view(b, t, 2 * h, 2 * w, c)

@@ -16,7 +16,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from worldloom_tokenizers.codec import State, VideoCodec
-from worldloom_tokenizers.layers import CausalConv, add_, attention, channels_last, conv_down, enlarge3x3, silu_, slices
+from worldloom_tokenizers.kept import Kept
+from worldloom_tokenizers.layers import (
+    CausalConv,
+    add_,
+    attention,
+    channels_last,
+    conv_down,
+    enlarge3x3,
+    enlarging_kernels,
+    silu_,
+    slices,
+)
 from worldloom_tokenizers.wan.config import WanVAEConfig
 
 
@@ -106,6 +117,7 @@ class Up(nn.Module):
     def __init__(self, c: int, o: int, temporal: bool) -> None:
         super().__init__()
         self.conv = nn.Conv2d(c, o, 3)
+        self.kernels = Kept(enlarging_kernels)
         self.time_conv = CausalConv(c, 2 * c, (3, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, state: State | None) -> Tensor:
@@ -118,7 +130,7 @@ class Up(nn.Module):
                 y = self.time_conv(later, state).unflatten(-1, (2, -1))  # (b, t, h, w, 2, c)
                 y = y.movedim(4, 2).flatten(1, 2)  # (b, 2t, h, w, c)
                 x = torch.cat([x[:, :1], y], dim=1) if first else y
-        return enlarge3x3(x, self.conv.weight, self.conv.bias)
+        return enlarge3x3(x, self.kernels.value(self.training, self.conv.weight), self.conv.bias)
 
 
 class DownStage(nn.Module):
