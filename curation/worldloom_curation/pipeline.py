@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -48,6 +49,9 @@ if TYPE_CHECKING:
 
 HOW = ("executor", "workers")
 """Settings that say how a run is done and not what it makes."""
+
+_PATIENCE = 2.0
+"""Seconds to wait for the output folder: a run that was killed as it started a program holds it until that has begun."""
 
 Progress = Callable[[str, int, int, str], None]
 """Called with (what is done, how many are finished, of how many, the last one's name)."""
@@ -498,9 +502,16 @@ def _alone(out: Path) -> Iterator[None]:
     except ImportError:  # Windows: no lock, and so no protection
         yield
         return
+    deadline = time.monotonic() + _PATIENCE
     with open(out / ".cache" / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise WorldloomError("another run is at work in this folder", got=out, do="wait for it to end") from None
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise WorldloomError(
+                        "another run is at work in this folder", got=out, do="wait for it to end"
+                    ) from None
+                time.sleep(0.05)
         yield

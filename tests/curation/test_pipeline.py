@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -357,6 +359,21 @@ def test_two_runs_in_one_folder_are_refused(folder: Path, tmp_path: Path) -> Non
     def start_another(*_: object) -> None:
         with pytest.raises(WorldloomError, match="another run is at work"):
             run(folder, tmp_path)
+
+
+def test_a_run_waits_for_what_a_killed_one_left_starting(folder: Path, tmp_path: Path) -> None:
+    """A process killed between fork and exec of a program leaves a child that holds the lock for a moment."""
+    import fcntl
+
+    (tmp_path / ".cache").mkdir()
+    lock = open(tmp_path / ".cache" / "lock", "w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    timer = threading.Timer(0.5, lock.close)
+    timer.start()
+    began = time.monotonic()
+    run(folder, tmp_path, settings())
+    assert time.monotonic() - began > 0.4
+    timer.join()
 
     run(folder, tmp_path, progress=start_another)
 
