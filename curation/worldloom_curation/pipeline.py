@@ -51,7 +51,7 @@ HOW = ("executor", "workers")
 """Settings that say how a run is done and not what it makes."""
 
 _PATIENCE = 2.0
-"""Seconds to wait for the output folder: a run that was killed as it started a program holds it until that has begun."""
+"""Seconds to wait for the output folder: a run killed while it started a program holds it until that has begun."""
 
 Progress = Callable[[str, int, int, str], None]
 """Called with (what is done, how many are finished, of how many, the last one's name)."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ from worldloom import WorldloomError, media
 from worldloom.artifacts import Store
 from worldloom.config import load
 from worldloom.shards import open_dataset
-from worldloom_curation import CurateConfig
+from worldloom_curation import CurateConfig, pipeline
 from worldloom_curation.config import load as load_config
 from worldloom_curation.ledger import accounts, load_ledger, rows_about
 from worldloom_curation.pipeline import run
@@ -355,27 +356,27 @@ def test_the_lineage_starts_at_the_files(folder: Path, tmp_path: Path) -> None:
     assert store.verify(artifact.id) == []
 
 
-def test_two_runs_in_one_folder_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_two_runs_in_one_folder_are_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "_PATIENCE", 0.05)
+
     def start_another(*_: object) -> None:
         with pytest.raises(WorldloomError, match="another run is at work"):
             run(folder, tmp_path)
 
+    run(folder, tmp_path, progress=start_another)
+
 
 def test_a_run_waits_for_what_a_killed_one_left_starting(folder: Path, tmp_path: Path) -> None:
     """A process killed between fork and exec of a program leaves a child that holds the lock for a moment."""
-    import fcntl
-
     (tmp_path / ".cache").mkdir()
-    lock = open(tmp_path / ".cache" / "lock", "w")
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    timer = threading.Timer(0.5, lock.close)
-    timer.start()
-    began = time.monotonic()
-    run(folder, tmp_path, settings())
-    assert time.monotonic() - began > 0.4
-    timer.join()
-
-    run(folder, tmp_path, progress=start_another)
+    with open(tmp_path / ".cache" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        timer = threading.Timer(0.5, fcntl.flock, (lock, fcntl.LOCK_UN))
+        timer.start()
+        began = time.monotonic()
+        run(folder, tmp_path, settings())
+        assert time.monotonic() - began > 0.4
+        timer.join()
 
 
 def test_a_setting_that_does_not_exist_names_the_nearest() -> None:
