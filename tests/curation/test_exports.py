@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from worldloom.schema import clip_id
 from worldloom.shards import Dataset, ShardSample, ShardWriter, commit_dataset, open_dataset
 from worldloom_curation.export import FORMATS, ExportOptions, export
 from worldloom_curation.formats.bins import COSMOS_RESOLUTIONS, bin_of, sort_clips, tars
-from worldloom_curation.formats.cosmos import span_uuid, windows
+from worldloom_curation.formats.cosmos import meta, span_uuid, windows
 
 SHAPES = [(48, 64, 20, 10.0), (64, 48, 40, 10.0), (48, 48, 60, 10.0), (32, 80, 25, 5.0), (48, 64, 21, 10.0)]
 """(height, width, frames, fps) of the clips."""
@@ -39,6 +40,15 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
             writer.write(ShardSample(made, media.write_video(None, scene(seed, frames, height, width), fps)))
     commit_dataset(root, writer.shards)
     return open_dataset(root)
+
+
+def test_scores_are_exported_where_they_were_measured() -> None:
+    plain = clip(48, 64, 20, 10.0)
+    motion = {"global_mean": 0.002, "per_patch_min_256": 0.001}
+    scored = replace(plain, metadata={**plain.metadata, "motion_score": motion, "aesthetic_score": 4.5})
+    assert "motion_score" not in meta(plain, "a.mp4", 5, "model")
+    assert meta(scored, "a.mp4", 5, "model")["motion_score"] == motion
+    assert meta(scored, "a.mp4", 5, "model")["aesthetic_score"] == 4.5
 
 
 # --- bins -------------------------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@ Names and meanings of fields are those of https://github.com/nvidia-cosmos/cosmo
 VIDEO_PIPELINES.md``; ``clip.extract_metadata``; ``write_shard_summary``) and, for the JSONL, of the rows that
 cosmos-framework's ``curator_to_sft_jsonl`` makes of them. ``end_frame`` is the last frame of a window, itself included.
 
-What cosmos-curate keeps as pickles (embeddings, T5 vectors) is not written; scores that it measures in units of its own
-(motion, aesthetics) are not made up.
+What cosmos-curate keeps as pickles (embeddings, T5 vectors) is not written. Its motion and aesthetic scores are written
+where a stage measured them in its units (``motion_vectors``, and ``quality`` with ``measure = "aesthetic"``).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from worldloom_curation.formats.bins import COSMOS_RESOLUTIONS, sort_clips, tars
 
 _TARS_PER_PART = 10
 _WINDOW = 256  # frames that one caption is for; what is left over is a window of its own if it is half of that
+_SCORES = ("motion_score", "aesthetic_score")
 _TRAINABLE = (61, 61.0)  # cosmos-framework's loader: fewest frames of a window, most seconds of a clip
 
 
@@ -69,6 +70,7 @@ def meta(clip: Clip, location: str, size: int, model: str) -> dict[str, Any]:
         "video_codec": "h264",
         "num_bytes": size,
         "windows": [{"start_frame": start, "end_frame": end, **caption} for start, end in windows(clip.frames)],
+        **{name: clip.metadata[name] for name in _SCORES if name in clip.metadata},
         "filtered_windows": [],
         "valid": True,
         "has_caption": bool(clip.caption),
