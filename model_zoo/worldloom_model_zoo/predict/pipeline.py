@@ -266,12 +266,91 @@ class PredictPipeline:
             raise WorldloomError("rolling_delay is for causal models", got=self.model.config.attention)
         return self._generate_in_chunks(network, start, context, actions, frames, seed, progress)
 
+    @torch.no_grad()
+    def generate_views(
+        self,
+        start: Tensor | None,
+        frames: int,
+        *,
+        views: Sequence[int] | None = None,
+        text: Sequence[Sequence[str]] | Tensor | None = None,
+        negative: Sequence[Sequence[str]] | Tensor | None = None,
+        seed: int = 0,
+        sampler: SamplerConfig | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        size: tuple[int, int] | None = None,
+        cache: TensorCache | None = None,
+    ) -> Tensor:
+        """What several cameras see at once: ``(b, v, 3, T, H, W)``, T = ``frames``, for models with views.
+
+        Args:
+            start: ``(b, v, 3, T0, H, W)``, T0 = 1 + r k, kept as it is; None where a text alone says what to show.
+            views: the cameras' numbers in the model, v of them; None is all of them, in order.
+            text: v texts for each row, where an empty one is zeros (the released models read the first camera's only),
+                or their vectors ``(b, v*m, text_dim)``.
+            negative: the same, to be guided away from; None for ``sampler.negative_prompt`` at the first camera.
+            seed, sampler, progress, size, cache: as for `generate_video`.
+
+        Raises:
+            WorldloomError: a model of one view, cameras that it does not know, lengths or sizes that do not fit, more
+                frames than ``sampler.chunk_frames``, or neither start nor text.
+        """
+        known, sampler = self.model.config.views, sampler or self.sampler
+        numbers = list(range(known) if views is None else views)
+        if not known or not numbers or not all(0 <= number < known for number in numbers):
+            raise WorldloomError(
+                f"this model knows the views 0 to {known - 1}" if known else "this model knows one view only",
+                got=numbers,
+            )
+        if start is not None and (start.ndim != 6 or start.shape[1] != len(numbers)):
+            raise WorldloomError(f"a start is (b, {len(numbers)}, 3, T, H, W)", got=tuple(start.shape))
+        if 0 < sampler.chunk_frames < frames:
+            raise WorldloomError(
+                "several views are made in one chunk", got=frames, do=f"at most {sampler.chunk_frames}"
+            )
+        flat = None if start is None else start.flatten(0, 1).to(self.device)  # (b*v, 3, T0, H, W)
+        self._check(flat, None, frames)
+        vectors = self._vectors_of_views(text, len(numbers), cache)
+        if negative is None and sampler.negative_prompt and sampler.guided and vectors is not None:
+            negative = [[sampler.negative_prompt, *[""] * (len(numbers) - 1)]]
+        away = self._vectors_of_views(negative, len(numbers), cache)
+        network = self._network(sampler, vectors, away, cache, torch.tensor(numbers, device=self.device))
+        if flat is not None:
+            context = self._encode(flat, cache).unflatten(0, (-1, len(numbers)))  # (b, v, c, k, h, w)
+            context = context.transpose(1, 2).flatten(2, 3)
+        elif vectors is not None:
+            height, width = size or (self.config.height, self.config.width)
+            edge, c = self.tokenizer.spatial_ratio, self.tokenizer.latent_channels
+            context = next(self.model.parameters()).new_zeros(len(vectors), c, 0, height // edge, width // edge)
+        else:
+            raise WorldloomError("a start is needed, or a text", got="neither")
+        t, generators = 1 + (frames - 1) // self.frames_per_step, _generators(len(context), seed)
+        latents = self._denoise_jointly(network, context, None, t, generators, _ticker(progress, sampler.calls))
+        latents = latents.unflatten(2, (len(numbers), t)).transpose(1, 2).flatten(0, 1)  # (b*v, c, t, h, w)
+        return self._decode_after(flat, latents).unflatten(0, (-1, len(numbers)))
+
+    def _vectors_of_views(
+        self, texts: Sequence[Sequence[str]] | Tensor | None, views: int, cache: TensorCache | None
+    ) -> Tensor | None:
+        """``(b, v*m, text_dim)``: vectors of v texts a row, zeros for empty ones."""
+        if texts is None or isinstance(texts, Tensor):
+            return texts
+        flat = [text for row in texts for text in row]
+        if any(len(row) != views for row in texts) or not any(flat):
+            raise WorldloomError(f"each row has {views} texts, one of them not empty", got=[list(row) for row in texts])
+        found = self._vectors([text for text in flat if text], cache)
+        assert found is not None
+        vectors = found.new_zeros(len(flat), *found.shape[1:])
+        vectors[[bool(text) for text in flat]] = found
+        return vectors.unflatten(0, (-1, views)).flatten(1, 2)
+
     def _network(
         self,
         sampler: SamplerConfig,
         text: Sequence[str] | Tensor | None,
         negative: Sequence[str] | Tensor | None = None,
         cache: TensorCache | None = None,
+        views: Tensor | None = None,
     ) -> GuidedNetwork:
         """The network with its text, and with the negative one where guidance makes use of it."""
         text = self._vectors(text, cache)
@@ -282,7 +361,7 @@ class PredictPipeline:
         negative = self._vectors(negative, cache)
         if text is not None and negative is not None and len(negative) != len(text):
             negative = negative.expand(len(text), -1, -1)
-        return GuidedNetwork(self.model, sampler, text, negative, self.config.fps)
+        return GuidedNetwork(self.model, sampler, text, negative, self.config.fps, views)
 
     def _vectors(self, text: Sequence[str] | Tensor | None, cache: TensorCache | None) -> Tensor | None:
         if text is None or isinstance(text, Tensor):
@@ -386,24 +465,34 @@ class PredictPipeline:
         generators: list[torch.Generator],
         tick: Callable[[], None],
     ) -> Tensor:
-        """Full attention: t frames at once, with the given ones put in place at every step."""
-        (b, c, known, h, w), sampler = context.shape, network.sampler
-        noise = _noise(generators, (c, t - known, h, w), context)
-        given = context.new_zeros(b, 1, t, h, w)
-        given[:, :, :known] = 1
-        shown, level = as_context(context, sampler, lambda: _noise(generators, (c, known, h, w), context))
+        """Full attention: t frames of each view at once, with the given ones put in place at every step.
+
+        ``context`` has the given frames of one view after another, ``(b, c, v*known, h, w)``, and the result all of
+        them, ``(b, c, v*t, h, w)``.
+        """
+        (b, c, shown_frames, h, w), sampler = context.shape, network.sampler
+        v = 1 if network.views is None else len(network.views)
+        known = shown_frames // v
+        noise = _noise(generators, (c, v * (t - known), h, w), context)
+
+        def after(first: Tensor, then: Tensor) -> Tensor:
+            """The frames of each view, first the given ones."""
+            parts = first.unflatten(2, (v, known)), then.unflatten(2, (v, t - known))
+            return torch.cat(parts, dim=3).flatten(2, 3)
+
+        given = after(context.new_ones(b, 1, v * known, h, w), context.new_zeros(b, 1, v * (t - known), h, w))
+        shown, level = as_context(context, sampler, lambda: _noise(generators, (c, v * known, h, w), context))
         network.renew()
 
         def predict(x: Tensor, at: float, step: float | None) -> Tensor:
             told = level if sampler.edm or sampler.condition_level is not None else at
-            levels = [told] * known + [at] * (t - known)
-            whole = torch.cat([shown, x], dim=2)
-            made = network(whole, levels, actions, known=known, step=step, condition_mask=given)
+            levels = ([told] * known + [at] * (t - known)) * v
+            made = network(after(shown, x), levels, actions, known=known, step=step, condition_mask=given)
             tick()
-            return made[:, :, known:]
+            return made.unflatten(2, (v, t))[:, :, :, known:].flatten(2, 3)
 
         made = draw_latents(predict, noise, sampler, lambda: _noise(generators, tuple(noise.shape[1:]), noise))
-        return torch.cat([context, made], dim=2)
+        return after(context, made)
 
     def _decode_after(self, start: Tensor | None, latents: Tensor) -> Tensor:
         """The decoded video, with the start in the place of its reconstruction."""

@@ -101,6 +101,7 @@ class GuidedNetwork:
         text: ``(b, m, text_dim)`` or None for the null text.
         negative: text of the unconditional prediction ``(b, m, text_dim)``; None for the null text.
         fps: of the video, for networks that are told.
+        views: ``(v,)`` cameras, whose frames follow one another along time, and whose texts along m; None for one.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class GuidedNetwork:
         text: Tensor | None = None,
         negative: Tensor | None = None,
         fps: float | None = None,
+        views: Tensor | None = None,
     ) -> None:
         if sampler.method == "shortcut" and not model.config.step_size:
             raise WorldloomError(
@@ -117,7 +119,7 @@ class GuidedNetwork:
                 got="step_size = false",
                 do="use another sampler.method, or train with objective.kind = 'shortcut'",
             )
-        self.model, self.sampler, self.fps = model, sampler, fps
+        self.model, self.sampler, self.fps, self.views = model, sampler, fps, views
         self.text, self.negative = text, negative
         self._read: dict[str, ReadText | None] = {}
         self._doubled: tuple[KVCache, int, KVCache] | None = None
@@ -146,20 +148,21 @@ class GuidedNetwork:
         Args:
             levels: of each frame, t numbers; sigmas for an EDM model.
             actions: as the network takes them; None is the null action.
-            known: how many first frames are given; their prediction is not used.
+            known: how many first frames of each view are given; their prediction is not used.
             step: how far the level is to fall, for models that are told.
             cache: frames before these.
             condition_mask: ``(b, 1, t, h, w)``.
         """
         sampler, b = self.sampler, len(x)
-        told = [self._told(level, index >= known or level == levels[-1]) for index, level in enumerate(levels)]
+        drawn = [index % (len(levels) // self._count) >= known for index in range(len(levels))]
+        told = [self._told(level, new or level == levels[-1]) for level, new in zip(levels, drawn, strict=True)]
         options = {"condition_mask": condition_mask, "fps": self.fps}
         if step is not None:
-            options["step"] = x.new_tensor([0.0] * known + [step] * (len(told) - known)).expand(b, -1)
+            options["step"] = x.new_tensor([step if new else 0.0 for new in drawn]).expand(b, -1)
         timestep = torch.tensor(told, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device).expand(b, -1)
         low, high = sampler.guidance_interval
         noise = [level / (1 + level) if sampler.edm else level for level in levels]
-        inside = [low <= level <= high for level in noise[known:]]
+        inside = [new and low <= level <= high for level, new in zip(noise, drawn, strict=True)]
         if not sampler.guided or (actions is None and self.text is None) or not any(inside):
             return self._call(0, x, timestep, actions, self._reading("text", b), cache=cache, **options)
         if sampler.guidance_batched:
@@ -168,9 +171,8 @@ class GuidedNetwork:
             conditional = self._call(0, x, timestep, actions, self._reading("text", b), cache=cache, **options)
             unconditional = self._call(1, x, timestep, None, self._reading("negative", b), cache=cache, **options)
         made = guide(conditional, unconditional, sampler.guidance_scale, sampler.guidance_convention)
-        if not all(inside):
-            keep = torch.tensor([False] * known + inside, device=x.device)[:, None, None]
-            made = torch.where(keep, made, conditional)
+        if inside != drawn:
+            made = torch.where(torch.tensor(inside, device=x.device)[:, None, None], made, conditional)
         return made
 
     def commit(self, x: Tensor, level: float, actions: Tensor | None, cache: KVCache) -> None:
@@ -180,28 +182,34 @@ class GuidedNetwork:
 
     def _reading(self, which: Literal["text", "negative", "both"], b: int) -> ReadText | None:
         """A text, or both one below the other, as the network has read it for a batch of b: once for all steps."""
-        found = self._read.get(which)
-        if which not in self._read or (found is not None and found.rows != (2 * b if which == "both" else b)):
+        found, rows = self._read.get(which), self._count * (2 * b if which == "both" else b)
+        if which not in self._read or (found is not None and found.rows != rows):
             if which == "both":
                 found = self._read_both(b)
             else:
-                found = self.model.read_text(self.text if which == "text" else self.negative, b)
+                text = self.text if which == "text" else self.negative
+                found = self.model.read_text(text, b, views=self._count)
             self._read[which] = found
         return found
 
     def _read_both(self, b: int) -> ReadText | None:
-        text = self.text
+        text, count = self.text, self._count
         if text is None:
-            return self.model.read_text(None, 2 * b)
+            return self.model.read_text(None, 2 * b, views=count)
         if self.negative is None:
-            return self.model.read_text(torch.cat([text, text]), 2 * b, torch.arange(2 * b, device=text.device) < b)
+            keep = torch.arange(2 * b, device=text.device) < b
+            return self.model.read_text(torch.cat([text, text]), 2 * b, keep, views=count)
         if self.negative.shape != text.shape:
             raise WorldloomError(
                 "batched guidance needs both texts of one length",
                 got=f"{tuple(text.shape)} and {tuple(self.negative.shape)}",
                 do="set sampler.guidance_batched = false",
             )
-        return self.model.read_text(torch.cat([text, self.negative]), 2 * b)
+        return self.model.read_text(torch.cat([text, self.negative]), 2 * b, views=count)
+
+    @property
+    def _count(self) -> int:
+        return 1 if self.views is None else len(self.views)
 
     def _told(self, level: float, drawn: bool) -> float:
         """The network's timestep for a level."""
@@ -239,6 +247,6 @@ class GuidedNetwork:
 
     def _call(self, stream: int, x: Tensor, timestep: Tensor, *conditions: Any, **options: Any) -> Tensor:
         self.calls += 1
-        made = self.model(x, timestep, *conditions, skip=self.skips[stream], **options)
+        made = self.model(x, timestep, *conditions, skip=self.skips[stream], views=self.views, **options)
         assert isinstance(made, Tensor)
         return made
