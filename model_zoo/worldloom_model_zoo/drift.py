@@ -11,6 +11,9 @@ Statistics of every frame are compared with their range over real frames, the ce
 - distance: of EfficientNet-Lite0 features to those of the nearest real frame. Real frames are held against frames of
   other clips. Left out, with a note, where the encoder's weights are not installed.
 
+A model in the latents of a tokenizer was trained on frames as that tokenizer shows them, and can show no others. So the
+range of the same real frames through the tokenizer, the training range, is reported beside that of the frames.
+
 A statistic is inside if at least `INSIDE` of the frames of the last stretch lie in its range. A world that freezes in
 front of a plain wall can be inside in all of them: so variety, how much the frames of different worlds differ relative
 to frames of different real clips, is reported beside them; near 0 all worlds have become one.
@@ -65,11 +68,20 @@ class Statistic:
     """Share of the frames of each stretch that lie in the range."""
     curve: list[tuple[int, float]]
     """(frame, mean over the worlds)."""
+    trained: tuple[float, float]
+    """The range of the real frames as the model's tokenizer shows them."""
+    inside_trained: list[float]
+    """Share of the frames of each stretch that lie in it."""
 
     @property
     def stable(self) -> bool:
-        """True if the last stretch is inside."""
+        """True if the last stretch is inside the range of real frames."""
         return self.inside[-1] >= INSIDE
+
+    @property
+    def stable_as_trained(self) -> bool:
+        """True if the last stretch is inside the range of real frames as the model's tokenizer shows them."""
+        return self.inside_trained[-1] >= INSIDE
 
 
 @dataclass(frozen=True)
@@ -99,6 +111,11 @@ class DriftResult:
         return all(statistic.stable for statistic in self.statistics.values())
 
     @property
+    def stable_as_trained(self) -> bool:
+        """True if every statistic is inside its training range in the last stretch."""
+        return all(statistic.stable_as_trained for statistic in self.statistics.values())
+
+    @property
     def alike(self) -> bool:
         """True if the worlds of the last stretch differ by less than `ALIKE` of what real clips do."""
         return bool(self.variety) and self.variety[-1] < ALIKE
@@ -107,7 +124,9 @@ class DriftResult:
     def from_dict(cls, plain: dict[str, Any]) -> DriftResult:
         """The reverse of ``dataclasses.asdict`` without frames."""
         statistics = {
-            name: Statistic(**{**values, "curve": [tuple(point) for point in values["curve"]]})
+            name: Statistic(
+                **{**values, "curve": [tuple(at) for at in values["curve"]], "trained": tuple(values["trained"])}
+            )
             for name, values in plain["statistics"].items()
         }
         stretches = [(first, last) for first, last in plain["stretches"]]
@@ -192,16 +211,21 @@ def measure_drift(
     tables = [frame_statistics(clip) for clip in real]
     rolled = [frame_statistics(world) for world in made]
     ranges = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
+    seen = _through_tokenizer(pipeline, real)
+    seen_tables = [frame_statistics(clip) for clip in seen]
+    trained = {name: np.concatenate([table[name] for table in seen_tables]) for name in ranges}
     values = {name: np.stack([table[name][1:] for table in rolled]) for name in ranges}  # (n, frames)
     try:
         if distance:
             features = FrameFeatures(pipeline.device)
-            ranges["distance"], values["distance"] = _distances(features, real, made[:, 1:], every)
+            ranges["distance"], trained["distance"], values["distance"] = _distances(
+                features, real, seen, made[:, 1:], every
+            )
     except WorldloomError as error:
         notes.append(f"The distance to real frames was not measured: {error.what}.")
     edges = np.linspace(0, frames, STRETCHES + 1).round().astype(int)
     spans = [(int(first), int(last)) for first, last in itertools.pairwise(edges)]
-    statistics = {name: _statistic(ranges[name], values[name], spans, name) for name in ranges}
+    statistics = {name: _statistic(ranges[name], trained[name], values[name], spans, name) for name in ranges}
     apart = _between([clip[:: max(1, len(clip) // 16)] for clip in real])
     variety = [
         _between([world[1 + first : 1 + last : every] for world in made], at_once=True) / max(apart, 1e-9)
@@ -220,39 +244,65 @@ def measure_drift(
     )
 
 
-def _statistic(real: np.ndarray, made: np.ndarray, spans: Sequence[tuple[int, int]], name: str) -> Statistic:
+def _through_tokenizer(pipeline: PredictPipeline, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Clips as the model's tokenizer shows them, cut to a length that it takes."""
+    import torch
+
+    tokenizer = pipeline.tokenizer
+    ratio = tokenizer.temporal_ratio
+    seen = []
+    with torch.inference_mode():
+        for clip in clips:
+            video = media.to_tensor(clip[: 1 + (len(clip) - 1) // ratio * ratio]).to(pipeline.device)
+            seen.append(media.to_frames(tokenizer.decode(tokenizer.encode(video)))[0])
+    return seen
+
+
+def _statistic(
+    real: np.ndarray, trained: np.ndarray, made: np.ndarray, spans: Sequence[tuple[int, int]], name: str
+) -> Statistic:
     """`made` ``(n, frames)``; what was not measured of a frame is NaN."""
-    real = real[np.isfinite(real)]
-    low, high = (float(x) for x in np.quantile(real, (0.005, 0.995)))
-    if name == "distance":
-        low = 0.0  # nearer is not worse
-    inside = np.where(np.isfinite(made), (made >= low - 1e-6) & (made <= high + 1e-6), np.nan)
+
+    def range_of(values: np.ndarray) -> tuple[float, float]:
+        low, high = (float(x) for x in np.quantile(values[np.isfinite(values)], (0.005, 0.995)))
+        return (0.0 if name == "distance" else low), high  # nearer is not worse
+
+    def shares(low: float, high: float) -> list[float]:
+        inside = np.where(np.isfinite(made), (made >= low - 1e-6) & (made <= high + 1e-6), np.nan)
+        return [float(np.nanmean(inside[:, first:last])) for first, last in spans]
+
+    low, high = range_of(real)
     measured = np.flatnonzero(np.isfinite(made).all(0))
     picked = measured[:: max(1, -(-len(measured) // CURVE))]
     return Statistic(
         low,
         high,
-        float(real.mean()),
+        float(np.nanmean(real)),
         [float(np.nanmean(made[:, first:last])) for first, last in spans],
-        [float(np.nanmean(inside[:, first:last])) for first, last in spans],
+        shares(low, high),
         [(int(frame) + 1, float(made[:, frame].mean())) for frame in picked],
+        range_of(trained),
+        shares(*range_of(trained)),
     )
 
 
 def _distances(
-    features: FrameFeatures, real: Sequence[np.ndarray], made: np.ndarray, every: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Distance to the nearest real frame: of real frames to those of other clips, of some generated ones."""
-    thin = [clip[:: max(1, -(-sum(map(len, real)) // NEIGHBOURS))] for clip in real]
-    owner = np.repeat(np.arange(len(thin)), [len(clip) for clip in thin])
+    features: FrameFeatures, real: Sequence[np.ndarray], seen: Sequence[np.ndarray], made: np.ndarray, every: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Distance to the nearest real frame of other clips: of real frames, of those a tokenizer shows, of made ones."""
+    thin, thin_seen = (
+        [clip[:: max(1, -(-sum(map(len, real)) // NEIGHBOURS))] for clip in clips] for clips in (real, seen)
+    )
+    owner, owner_seen = (np.repeat(np.arange(len(clips)), [len(clip) for clip in clips]) for clips in (thin, thin_seen))
     known = features(np.concatenate(thin))
-    between = _pairwise(known, known)
+    between, between_seen = _pairwise(known, known), _pairwise(features(np.concatenate(thin_seen)), known)
     between[owner[:, None] == owner] = np.inf
+    between_seen[owner_seen[:, None] == owner] = np.inf
     n, t = made.shape[:2]
     at = np.arange(0, t, every)
     found = np.full((n, t), np.nan)
     found[:, at] = _pairwise(features(made[:, at].reshape(-1, *made.shape[2:])), known).min(1).reshape(n, len(at))
-    return between.min(1), found
+    return between.min(1), between_seen.min(1), found
 
 
 def _pairwise(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -51,6 +51,7 @@ MODEL, BASELINE, SHUFFLED, TOKENIZER = "model", "repeat last frame", "model, shu
 
 DERIVED = ("gain", "gain_per_frame", "action_sensitivity", "action_sensitivity_per_frame", "horizons")
 MEASURES = ("frechet", "following", "drift", "physics")
+_VERDICTS = ("stable", "stable_as_trained")  # of a drift, beside its fields
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ class EvalResult:
             if measured is not None:  # without frames
                 bare = dataclasses.replace(measured, shown=()) if hasattr(measured, "shown") else measured
                 plain[name] = {k: v for k, v in dataclasses.asdict(bare).items() if k != "shown"}
-                plain[name] |= {"stable": measured.stable} if name == "drift" else {}
+                plain[name] |= {key: getattr(measured, key) for key in _VERDICTS} if name == "drift" else {}
         return {**plain, "config": dataclasses.asdict(self.config), "notes": list(self.notes)}
 
     @classmethod
@@ -234,7 +235,7 @@ def _measure(name: str, plain: dict[str, Any]) -> Any:
     readers: dict[str, Callable[[dict[str, Any]], Any]] = {
         "frechet": lambda found: FrechetResult(**{**found, "notes": tuple(found["notes"])}),
         "following": lambda found: FollowingResult(**found),
-        "drift": lambda found: DriftResult.from_dict({k: v for k, v in found.items() if k != "stable"}),
+        "drift": lambda found: DriftResult.from_dict({k: v for k, v in found.items() if k not in _VERDICTS}),
         "physics": PhysicsResult.from_dict,
     }
     return readers[name](plain)

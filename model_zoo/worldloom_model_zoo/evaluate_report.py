@@ -144,9 +144,16 @@ def frechet_rows(found: FrechetResult) -> list[tuple[str, float, float, float]]:
 
 
 def drift_rows(found: DriftResult) -> list[list[object]]:
-    """(statistic, range of real frames, mean of each stretch, share of the last stretch inside, inside or not)."""
+    """(statistic, ranges of real frames and of those as trained on, mean of each stretch, shares inside at the end)."""
     return [
-        [name, f"{s.low:.3g} to {s.high:.3g}", *s.means, f"{s.inside[-1]:.0%}", "inside" if s.stable else "outside"]
+        [
+            name,
+            f"{s.low:.3g} to {s.high:.3g}",
+            f"{s.trained[0]:.3g} to {s.trained[1]:.3g}",
+            *s.means,
+            f"{s.inside[-1]:.0%}",
+            f"{s.inside_trained[-1]:.0%}",
+        ]
         for name, s in found.statistics.items()
     ]
 
@@ -304,7 +311,7 @@ def _facts(result: EvalResult) -> dict[str, str]:
     if result.frechet is not None:
         facts["Fréchet distance (not I3D)"] = f"{result.frechet.distance[MODEL]:.3g}"
     if result.drift is not None:
-        facts[f"{result.drift.frames} frames"] = "stable" if result.drift.stable else "drifts"
+        facts[f"{result.drift.frames} frames"] = _stability(result.drift)
     return facts
 
 
@@ -387,8 +394,9 @@ def _add_drift(report: Report, found: DriftResult) -> None:
         report.image(sheet, f"A row for each world: frames {', '.join(map(str, picked))}.")
     report.text(
         "Worlds are started from test clips and stepped with actions that really occurred. Each statistic is held "
-        f"against the central 99 % of {found.real_frames} real frames, and is inside if 95 % of the frames of the last "
-        "stretch lie there. Sharpness falls with blur and rises with noise; distance is that to the nearest real frame "
+        f"against the central 99 % of {found.real_frames} real frames, as they are and as the model's tokenizer shows "
+        "them (it was trained on those), and is inside if 95 % of the frames of the last stretch lie there. Sharpness "
+        "falls with blur and rises with noise; distance is that to the nearest real frame "
         "in features of a frozen image network. A world that ends before a plain wall can be inside everywhere: "
         "variety near 0 says that all worlds have become one, motion near 0 that they have stopped."
     )
@@ -396,12 +404,19 @@ def _add_drift(report: Report, found: DriftResult) -> None:
 
 def _drift_columns(found: DriftResult) -> list[str]:
     spans = [f"{first}-{last}" for first, last in found.stretches]
-    return ["statistic", "real frames", *spans, "in range at the end", ""]
+    return ["statistic", "real frames", "through the tokenizer", *spans, "in range at the end", "as trained"]
+
+
+def _stability(found: DriftResult) -> str:
+    return "stable" if found.stable else "stable as trained" if found.stable_as_trained else "drifts"
 
 
 def _verdict(found: DriftResult) -> str:
-    outside = [name for name, statistic in found.statistics.items() if not statistic.stable]
-    said = f"outside the range of real frames: {', '.join(outside)}" if outside else "inside the range of real frames"
+    said = []
+    for what, stable in (("real frames", "stable"), ("real frames through the tokenizer", "stable_as_trained")):
+        outside = [name for name, statistic in found.statistics.items() if not getattr(statistic, stable)]
+        said.append(f"outside the range of {what}: {', '.join(outside)}" if outside else f"inside the range of {what}")
+    said = "; ".join(said)
     return f"{said}; the worlds have become alike" if found.alike else said
 
 

@@ -27,8 +27,11 @@ class Replays:
 
     action_dim, frames_per_step, device = 3, 4, "cpu"
 
-    def __init__(self, videos: np.ndarray) -> None:
+    device = "cpu"
+
+    def __init__(self, videos: np.ndarray, tokenizer: Any = None) -> None:
         self.videos, self.at = media.to_tensor(videos), 0
+        self.tokenizer = tokenizer or Blurs(1)
 
     def reset(self, video: torch.Tensor, actions: torch.Tensor | None = None, *, seed: int = 0) -> torch.Tensor:
         self.at = 0
@@ -38,6 +41,21 @@ class Replays:
         assert actions.shape == (len(self.videos), 4, 3)
         self.at += 4
         return self.videos[:, :, self.at - 4 : self.at]
+
+
+class Blurs:
+    """A tokenizer that shows frames in blocks."""
+
+    temporal_ratio = 4
+
+    def __init__(self, block: int) -> None:
+        self.block = block
+
+    def encode(self, video: torch.Tensor) -> torch.Tensor:
+        return video[..., :: self.block, :: self.block]
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents.repeat_interleave(self.block, -1).repeat_interleave(self.block, -2)
 
 
 def test_statistics_are_those_of_their_definitions() -> None:
@@ -81,6 +99,22 @@ def test_a_world_that_fades_and_stops_is_caught() -> None:
     curve = result.statistics["brightness"].curve
     assert [frame for frame, _ in curve] == list(range(1, 41))
     assert curve[0][1] > curve[-1][1]
+
+
+def test_what_the_tokenizer_shows_has_a_range_of_its_own() -> None:
+    """Frames without detail are outside the range of real ones, and inside that of a tokenizer which shows none."""
+    plain = np.repeat(np.repeat(CLIPS[3:6, :, ::32, ::32], 32, 2), 32, 3)
+    world: Any = Replays(plain, Blurs(32))
+    result = measure_drift(world, STARTS, CLIPS, ACTIONS, frames=40, distance=True)
+    sharpness = result.statistics["sharpness"]
+    assert not sharpness.stable
+    assert sharpness.stable_as_trained
+    assert sharpness.trained[1] < sharpness.low
+    assert result.statistics["distance"].trained[1] > result.statistics["distance"].high
+
+    usual = replayed(CLIPS[3:6])
+    assert usual.stable_as_trained
+    assert all(s.trained == (s.low, s.high) for s in usual.statistics.values())
 
 
 def test_worlds_that_become_one_have_no_variety() -> None:
