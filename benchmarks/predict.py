@@ -9,8 +9,8 @@ them little.
   (image and video to world) and with one for all frames (text to world).
 - ``video2world``: a whole video against diffusers' Cosmos2_5_PredictBasePipeline (UniPC, guidance, text vectors given),
   decoded. What is gained depends on the parts' shares, which are printed: once with Wan2.1's autoencoder at its full
-  width and few steps, once with a narrow one, where the network is most of the work. Each again with the encoded
-  start on disk.
+  width and few steps, once with a narrow one, once with a narrow one and a network that is most of the work on both
+  sides. Each again with the encoded start on disk.
 - ``rollout``: frame-by-frame stepping with the key-value cache against recomputing the whole context.
 - ``constant``: a step of the shipped world 500 frames after its start against one 16 frames after it.
 - ``skip``: step skipping on a trained model: the time it saves and what it changes, in decibels of decoded frames.
@@ -378,13 +378,17 @@ def main() -> None:
             print(f"ratio step-{'per-frame' if per_frame else 'one-level'}: {found['ratio']:.2f} (time)", flush=True)
     if "video2world" in args.cases:
         pairs = 1 if quick else 2
-        settings = (("autoencoder", 96, (48, 64), 2, 4), ("network", 16, (96, 128), 4, 8))
-        for name, channels, size, blocks, steps in settings:
-            options = {"channels": channels, "size": size, "blocks": blocks, "steps": steps}
-            found = apart("video2world", **options, width=512, frames=17, given=5, pairs=pairs)
+        settings = (
+            ("autoencoder", 96, (48, 64), 512, 2, 4),
+            ("network", 16, (96, 128), 512, 4, 8),
+            ("large-network", 16, (96, 128), 1024, 4, 8),
+        )
+        for name, channels, size, width, blocks, steps in settings:
+            options = {"channels": channels, "size": size, "width": width, "blocks": blocks, "steps": steps}
+            found = apart("video2world", **options, frames=17, given=5, pairs=pairs)
             _line(
                 f"video2world, 17 frames of {size[0]}x{size[1]} from 5, autoencoder of {channels} channels, {blocks} "
-                f"blocks of width 512, {steps} steps, guided",
+                f"blocks of width {width}, {steps} steps, guided",
                 found,
             )
             ours, theirs = found["ours"], found["theirs"]
