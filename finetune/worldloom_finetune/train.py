@@ -155,7 +155,7 @@ class _Run:
         state = checkpointing.read_latest(out / "checkpoints")
         start = 0
         if state is not None:
-            check_same_run(state.facts, facts, out)
+            check_same_run(state.facts, facts, configs.to_dict(type(config)()), out)
             facts["tracking_run"] = state.facts.get("tracking_run")
             start = state.step
         if self.rank == 0:
@@ -272,13 +272,17 @@ class _Run:
             print(text, file=sys.stderr, flush=True)
 
 
-def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], out: Path) -> None:
+def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any], out: Path) -> None:
     """Refuse to resume a run that was started with other inputs or settings.
+
+    Args:
+        defaults: of the configuration; what settings were that did not exist yet when the run was started.
 
     Raises:
         WorldloomError: naming each difference.
     """
     before, now = _flat(_fixed(old)), _flat(_fixed(new))
+    before = {k: v for k, v in _flat(_fixed({**new, "config": defaults})).items() if k in now} | before
     different = [
         f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
         for key in sorted(before.keys() | now.keys())

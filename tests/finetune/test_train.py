@@ -309,3 +309,20 @@ def test_the_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
     assert rates[100] == pytest.approx(0.1)
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
     assert learning_rate(90, 100, OptimConfig(lr=1.0, warmup_steps=10, schedule="constant")) == 1.0
+
+
+def test_settings_that_did_not_exist_when_a_run_began_count_as_their_defaults(tmp_path: Path) -> None:
+    config = configs.to_dict(train.load_config("world"))
+    defaults = configs.to_dict(type(train.load_config("world"))())
+    now = {"recipe": "world", "digests": {"dataset": "a"}, "config": config}
+    without = {name: dict(values) if isinstance(values, dict) else values for name, values in config.items()}
+    for name in ("rollout_share", "shift"):
+        del without["objective"][name]
+    before = {**now, "config": without}
+    with pytest.raises(WorldloomError, match=r"objective\.shift: 1\.0 before, 3\.0 now"):
+        train.check_same_run(before, now, defaults, tmp_path)
+    same = {**now, "config": {**config, "objective": {**config["objective"], "shift": 1.0}}}
+    train.check_same_run(before, same, defaults, tmp_path)
+    other = {**same, "config": {**same["config"], "objective": {**same["config"]["objective"], "rollout_share": 0.5}}}
+    with pytest.raises(WorldloomError, match=r"objective\.rollout_share: 0\.0 before, 0\.5 now"):
+        train.check_same_run(before, other, defaults, tmp_path)
