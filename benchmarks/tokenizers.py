@@ -2,8 +2,9 @@
 
 Every case runs in a process of its own, which holds both networks with equal weights, checks that they give the same,
 and measures them in turn, ours first, then theirs, then ours again. The figures are the medians of seconds and their
-ratio theirs / ours. Peak memory is measured in further processes, one for each side, above what the process holds
-with its network loaded and warmed up, so that the weights count on neither side.
+ratio theirs / ours. Peak memory is measured in further processes, several for each side in turn, above what the process
+holds with its network loaded and after the same call has run once, so that the weights, and what our convolutions keep
+of them between calls, count on neither side; the figures are medians over processes, with the least and the most.
 
     python benchmarks/tokenizers.py [--quick] [--models wan cosmos] [--frames 1 9 17 49] [--sizes 128 256]
 """
@@ -17,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 # Python puts this folder first on its path, where this very file would be Hugging Face's package of the same name.
@@ -101,9 +102,8 @@ def memory(model: str, op: str, frames: int, size: int, side: int) -> dict[str, 
     video = torch.rand(1, 3, frames, size, size) * 2 - 1
     ratio = 4 if model == "wan" else 8
     latents = torch.randn(1, 16, 1 + (frames - 1) // ratio, size // 8, size // 8)
-    small = torch.rand(1, 3, 1, 64, 64) * 2 - 1
-    operations(network, op, small, latents[:, :, :1, :8, :8])()
     call = operations(network, op, video, latents)
+    call()
     with peak_memory("cpu") as peak:
         call()
     assert peak.bytes is not None, "this machine does not tell peak memory"
@@ -138,13 +138,14 @@ def length(model: str, size: int, frames: int) -> dict[str, float]:
     del theirs
     ratio = ours.temporal_ratio
 
-    def stream() -> Iterator[Tensor]:
-        for start in range(0, frames, ratio):
+    def stream(count: int) -> Iterator[Tensor]:
+        for start in range(0, count, ratio):
             yield torch.rand(1, 3, 1 if start == 0 else ratio, size, size) * 2 - 1
 
-    ours.encode(torch.rand(1, 3, 1, 64, 64))
+    for latents in ours.stream_encode(stream(1 + 2 * ratio)):  # the warm-up
+        del latents
     with peak_memory("cpu") as peak:
-        for latents in ours.stream_encode(stream()):
+        for latents in ours.stream_encode(stream(frames)):
             del latents
     assert peak.bytes is not None, "this machine does not tell peak memory"
     return {"bytes": float(peak.bytes)}
@@ -159,6 +160,17 @@ def apart(task: str, **options: object) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def peaks(task: str, options: Sequence[dict[str, object]], repeats: int) -> list[list[float]]:
+    """Peak memory in MiB of each of several cases, sorted, from as many processes each, the cases in turn."""
+    found = [[apart(task, **case)["bytes"] / 2**20 for case in options] for _ in range(repeats)]
+    return [sorted(column) for column in zip(*found, strict=True)]
+
+
+def spread(figures: Sequence[float]) -> str:
+    """A median with the least and the most."""
+    return f"{statistics.median(figures):.0f} MiB ({figures[0]:.0f} to {figures[-1]:.0f})"
+
+
 def main() -> None:
     """Print the table and the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -166,6 +178,7 @@ def main() -> None:
     parser.add_argument("--frames", nargs="+", type=int, default=[1, 9, 17, 49])
     parser.add_argument("--sizes", nargs="+", type=int, default=[128, 256])
     parser.add_argument("--pairs", type=int, default=5, help="at most this many measurements of each side")
+    parser.add_argument("--repeats", type=int, default=3, help="processes for each figure of memory")
     parser.add_argument("--quick", action="store_true", help="128x128, 1 and 17 frames, no memory")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     parser.add_argument("--options", help=argparse.SUPPRESS)
@@ -194,9 +207,10 @@ def main() -> None:
                     label = f"{model}-{op}-{count}-{size}"
                     ratios = [f"ratio {label}: {found['ratio']:.2f} (time)"]
                     if not args.quick:
-                        ours, theirs = (apart("memory", **case, side=side)["bytes"] / 2**20 for side in (0, 1))
-                        line += f"; peak memory ours {ours:.0f} MiB, theirs {theirs:.0f} MiB"
-                        ratios.append(f"ratio {label}-memory: {ours / theirs:.2f} (ours / theirs, lower is better)")
+                        ours, theirs = peaks("memory", [{**case, "side": side} for side in (0, 1)], args.repeats)
+                        line += f"; peak memory ours {spread(ours)}, theirs {spread(theirs)}"
+                        ratio = statistics.median(ours) / statistics.median(theirs)
+                        ratios.append(f"ratio {label}-memory: {ratio:.2f} (ours / theirs, lower is better)")
                     print(line, *ratios, sep="\n", flush=True)
         found = apart("prefix", model=model, size=sizes[0], pairs=1 if args.quick else 2)
         print(
@@ -205,10 +219,12 @@ def main() -> None:
             flush=True,
         )
         if not args.quick:
-            short, long = (apart("length", model=model, size=sizes[-1], frames=n)["bytes"] / 2**20 for n in (33, 193))
+            options = [{"model": model, "size": sizes[-1], "frames": n} for n in (33, 193)]
+            short, long = peaks("length", options, args.repeats)
+            ratio = statistics.median(long) / statistics.median(short)
             print(
-                f"{model} peak memory of encoding a stream of {sizes[-1]}x{sizes[-1]}: 33 frames {short:.0f} MiB, 193 "
-                f"frames {long:.0f} MiB\nratio {model}-length: {long / short:.2f} (193 / 33 frames, lower is better)",
+                f"{model} peak memory of encoding a stream of {sizes[-1]}x{sizes[-1]}: 33 frames {spread(short)}, 193 "
+                f"frames {spread(long)}\nratio {model}-length: {ratio:.2f} (193 / 33 frames, lower is better)",
                 flush=True,
             )
 
