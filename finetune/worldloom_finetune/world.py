@@ -319,7 +319,7 @@ def open_base(name: str, config: WorldTraining, dataset: data.Joined, ratio: int
     checkpoint = dataclasses.replace(
         checkpoint,
         model=fitted,
-        sampler=_sampler(checkpoint.sampler, config.objective),
+        sampler=_sampler(checkpoint.sampler, config.objective, fitted),
         tokenizer=TokenizerRef(
             str(reference.get("name") or checkpoint.tokenizer.name), str(reference.get("fingerprint", ""))
         ),
@@ -339,7 +339,7 @@ def _fit(model: PredictConfig, objective: ObjectiveConfig) -> PredictConfig:
     return dataclasses.replace(model, step_size=True) if objective.kind == "shortcut" else model
 
 
-def _sampler(sampler: SamplerConfig, objective: ObjectiveConfig) -> SamplerConfig:
+def _sampler(sampler: SamplerConfig, objective: ObjectiveConfig, model: PredictConfig) -> SamplerConfig:
     """The sampler that a model trained for an objective needs; as it was, where it may stay."""
     if objective.kind == "edm":
         return dataclasses.replace(
@@ -354,6 +354,7 @@ def _sampler(sampler: SamplerConfig, objective: ObjectiveConfig) -> SamplerConfi
         return dataclasses.replace(
             sampler, method="euler", schedule="uniform", first_level=1.0, last_level=0.0, steps=objective.steps,
             shift=objective.shift, guidance_scale=sampler.guidance_scale if objective.teacher_guidance == 1 else off,
+            context_noise=objective.context_noise if model.attention == "causal" else sampler.context_noise,
         )  # fmt: skip
     return sampler
 
