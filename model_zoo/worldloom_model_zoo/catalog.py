@@ -38,6 +38,6 @@ MODELS = {
         "summary": "Interactive world model of a 3-D maze (ViZDoom), 64x64, stepped by actions.",
         "family": "predict",
         "path": "weights/loom-world-nano",
-        "sha256": "4bb8a33f49743c4a1a7a0673e3b5af28813905af2943be4251ec367f884f99fd",
+        "sha256": "1cc407ad67ac1ce6199f70635202c436193fb5fd49490f9a36a810058619c41e",
     },
 }
