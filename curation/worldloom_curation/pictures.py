@@ -2,8 +2,8 @@
 
 Most stages look at a small picture, so the whole frame is hardly ever converted to RGB: its planes are shrunk as they
 were decoded, each halved by averaging 2 x 2 pixels while it is at least twice as large as what is asked for and
-interpolated linearly from there, and only the small planes become colours. (Averaging areas in one go takes ten times
-as long; the halves are what it costs, and OpenCV has them at the speed of memory.)
+interpolated linearly from there, and only the small planes become colours. (Averaging areas in one go takes several
+times as long; OpenCV halves at the speed of memory.)
 
 Every picture is made from the frame itself and never from another picture that happens to be there: what an observer
 collects must not depend on which other stages run.
@@ -35,6 +35,7 @@ _PLANAR = {"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"}
 _LUMA = {1: (0.2126, 0.0722), 9: (0.2627, 0.0593), 10: (0.2627, 0.0593)}
 """Parts of red and blue in luma, by FFmpeg's number of the colour space (ITU-R BT.709, BT.2020); BT.601 otherwise."""
 _BT601 = (0.299, 0.114)
+_PIECES = 64  # of memory that are held; one size of video takes about half of it
 
 
 @functools.cache
@@ -63,6 +64,8 @@ class _Workspace(threading.local):
         """Memory for one purpose, as it was left."""
         key = (purpose, plane, shape)
         if key not in self._memory:
+            if len(self._memory) >= _PIECES:  # of videos of many sizes
+                self._memory.clear()
             self._memory[key] = np.empty(shape, np.uint8)
         return self._memory[key]
 

@@ -89,7 +89,7 @@ def atomic_write(path: str | Path, data: bytes | str, *, durable: bool = True) -
     """Write a file so that at every instant `path` is the old whole or the new whole; makes parent folders.
 
     Args:
-        durable: also if the power fails; without, the file may be damaged then, and writing takes a tenth of the time.
+        durable: also if the power fails; without, the file may be damaged then, and writing takes a quarter as long.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

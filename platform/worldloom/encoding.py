@@ -85,7 +85,7 @@ def write_video(
 
 
 def for_encoder(picture: Any, size: tuple[int, int]) -> Any | None:
-    """A decoded frame at another size as `write_video` stores it, without a detour over RGB; a quarter of the time.
+    """A decoded frame at another size as `write_video` stores it, without a detour over RGB; a tenth of the time.
 
     Areas are averaged. None where that is not all: a picture that is to be turned, or cut to keep its shape (half a
     percent of stretching is let pass), or a size with an odd side.

@@ -103,21 +103,21 @@ def encode_spans(
     """
     from worldloom import media
 
-    only = spans[0]
-    if config.copy and len(spans) == 1 and not only.source.recorded and (only.start, only.step) == (0, 1):
-        copied = None if blurs_faces(only, config) else media.copy_video(video, only.end, only.fps, size, limits)
+    source, at, only = spans[0].source, spans[0].start, spans[0]
+    blurred = blurs_faces(only, config)
+    whole = len(spans) == 1 and (only.start, only.step) == (0, 1)
+    if config.copy and whole and not source.recorded and not blurred:
+        copied = media.copy_video(video, only.end, only.fps, size, limits)
         if copied is not None:
             save(only, copied)
             return
-    at = spans[0].start
-    first = spans[0].source.window[0] if spans[0].source.window else 0
+    first = source.window[0] if source.window else 0
     pictures = media.iter_decoded(video, first + at, first + spans[-1].end, limits=limits)
-    plain = not (only.source.exact or blurs_faces(only, config))
     for span in spans:
         assert span.start >= at, "spans must be in order"
         _skip(pictures, span.start - at)
-        taken = _fitted(_every(pictures, span), size, plain)
-        if blurs_faces(span, config):
+        taken = _fitted(_every(pictures, span), size, plain=not (source.exact or blurred))
+        if blurred:
             taken = without_faces(taken)
         encoded = media.write_video(None, taken, span.fps / span.step, lossless=span.source.exact, crf=config.crf)
         assert encoded is not None
