@@ -28,8 +28,8 @@ class ObjectiveConfig:
     """What a world model is trained for."""
 
     kind: Literal["flow", "edm", "distill", "shortcut"] = "flow"
-    """``flow``: the velocity of rectified flow. ``edm``: the denoiser of Karras et al. 2022. ``distill``: a frozen copy
-    of the base as teacher, whose many sampler steps the model learns to make in ``steps``. ``shortcut``: flow, and
+    """``flow``: the velocity of rectified flow. ``edm``: the denoiser of Karras et al. 2022. ``distill``: a frozen
+    teacher, of whose many sampler steps the model learns to make few. ``shortcut``: flow, and
     steps of every size that agree with two of half the size (Frans et al. 2024); for models with ``step_size``."""
     context: Literal["prefix", "independent", "mixed"] = "mixed"
     """``prefix``: a random number of first frames is nearly clean, the rest noisy (what sampling meets).
@@ -68,6 +68,9 @@ class ObjectiveConfig:
     """Sampler steps of each of them; ``distill`` takes ``steps``."""
     steps: int = 2
     """``distill``: sampler steps that remain. ``shortcut``: the largest number of steps, a power of two."""
+    teacher: str = ""
+    """``distill``: the teacher, a checkpoint that knows the data's actions; empty: the base itself. Another than the
+    base where a student is distilled on, for instance with rollouts, which set back one that is not good yet."""
     teacher_substeps: int = 4
     """``distill``: teacher's steps for one of the model's."""
     teacher_guidance: float = 1.0

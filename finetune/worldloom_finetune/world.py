@@ -80,8 +80,6 @@ class WorldJob:
 
     config_class: ClassVar[type[WorldTraining]] = WorldTraining
     kind: ClassVar[str] = "model"
-    teacher: PredictTransformer | None = None
-    """A frozen copy of the base, to distil."""
 
     def __init__(
         self,
@@ -91,16 +89,20 @@ class WorldJob:
         dataset: data.Joined,
         train: data.LatentItems,
         val: data.LatentItems,
+        teacher: Base | None = None,
     ) -> None:
         self.config, self.model, self.base, self.dataset = config, model, base, dataset
+        self.teacher = None if teacher is None else _teacher(teacher)
         self.train, self.val = train, val
         tokenizer = dataset.index.tokenizer or {}
         fingerprint = str(tokenizer.get("fingerprint", ""))
         origin = base.sha256 or f"preset:{base.name}"
         self.digests = {"dataset": dataset.index.id, "tokenizer": fingerprint, "base": origin}
+        if teacher is not None and teacher.sha256 != base.sha256:
+            self.digests["teacher"] = teacher.sha256
         inputs = [*dataset.ids, f"tokenizer:{tokenizer.get('name', 'tokenizer')}@{fingerprint}"]
-        if base.sha256:
-            inputs.append(artifact_of(base.sha256, "model") or f"model:{base.name}@{base.sha256}")
+        weights = {source.sha256: source.name for source in (base, teacher) if source is not None and source.sha256}
+        inputs += [artifact_of(sha256, "model") or f"model:{name}@{sha256}" for sha256, name in weights.items()]
         self.inputs = tuple(inputs)
         model_config = base.checkpoint.model
         self.unused = bool(model_config.context_dim and not dataset.index.metadata.get("text_encoder"))
@@ -155,7 +157,18 @@ class WorldJob:
         ratio, channels, shortest = _facts(dataset)
         base = open_base(request.model, config, dataset, ratio, channels)
         model = build(base)
-        teacher = _teacher(base, model) if config.objective.kind == "distill" else None
+        teacher = None
+        if config.objective.kind == "distill":
+            given = config.objective.teacher
+            teacher = base
+            if given:
+                teacher = open_base(given, dataclasses.replace(config, model={}), dataset, ratio, channels)
+            if teacher.checkpoint.action_names != base.checkpoint.action_names:
+                raise WorldloomError(
+                    "teacher and student take their actions in different orders",
+                    got=f"{given}: {teacher.checkpoint.action_names}, {base.name}: {base.checkpoint.action_names}",
+                    do="give a teacher that was trained on the same data",
+                )
         if config.lora.rank:
             if base.weights is None:
                 raise WorldloomError(
@@ -168,16 +181,15 @@ class WorldJob:
         train, val = data.split(dataset.groups(), config.data.val_fraction)
         read, shapes = Aligned(dataset, base.checkpoint), dataset.shapes()
         hold = sum(ref.bytes for ref in dataset.index.shards) < config.data.memory_gb * 1e9
-        job = cls(
+        return cls(
             config,
             model,
             base,
             dataset,
             data.LatentItems(read, train, frames, ratio, hold=hold, shapes=shapes, parts=parts),
             data.LatentItems(read, val, frames, ratio, hold=hold, shapes=shapes, parts=parts),
+            teacher,
         )
-        job.teacher = teacher
-        return job
 
     # -- training -------------------------------------------------------------------------------------------------
 
@@ -466,8 +478,8 @@ def build(base: Base) -> PredictTransformer:
     return larger
 
 
-def _teacher(base: Base, model: PredictTransformer) -> PredictTransformer:
-    """A frozen copy of the base.
+def _teacher(base: Base) -> PredictTransformer:
+    """A frozen model of its own from a base's weights.
 
     Raises:
         WorldloomError: it is untrained, wholly or for the data's actions.
@@ -476,9 +488,9 @@ def _teacher(base: Base, model: PredictTransformer) -> PredictTransformer:
         raise WorldloomError(
             "a teacher must be trained, and for the data's actions",
             got=base.name,
-            do="train with objective.kind = 'flow' first, and give the result as --model",
+            do="train with objective.kind = 'flow' first, and give the result as --model or objective.teacher",
         )
-    return copy.deepcopy(model).eval().requires_grad_(False)
+    return copy.deepcopy(build(base)).eval().requires_grad_(False)
 
 
 def _preset(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from finetune_runs import SMALL
 
 from worldloom import WorldloomError
+from worldloom.artifacts import file_digest
 from worldloom.weights import read_weights
 from worldloom_finetune import train
 from worldloom_model_zoo import load_model
@@ -40,6 +42,21 @@ def test_distillation_changes_the_student_and_how_it_is_sampled(
     assert (student.sampler.steps, student.sampler.method, student.sampler.shift) == (1, "euler", 2.0)
     before = read_weights(base_folder)
     assert any(not torch.equal(value, before[name]) for name, value in student.model.state_dict().items())
+
+
+def test_a_student_is_distilled_on_by_a_teacher_that_is_not_its_base(
+    tmp_path: Path, latents: Path, base_folder: Path
+) -> None:
+    settings = ("objective.kind=distill", "objective.steps=1", "objective.rollout_share=0.5")
+    finetuned(tmp_path / "first", latents, base_folder, *settings)
+    student = tmp_path / "first" / "model"
+    by_itself = finetuned(tmp_path / "itself", latents, student, *settings).model.state_dict()
+    taught = finetuned(
+        tmp_path / "taught", latents, student, *settings, f"objective.teacher={base_folder}"
+    ).model.state_dict()
+    assert any(not torch.equal(value, by_itself[name]) for name, value in taught.items())
+    digests = json.loads((tmp_path / "taught" / "summary.json").read_text())["digests"]
+    assert digests["teacher"] == file_digest(base_folder / "model.safetensors") != digests["base"]
 
 
 def test_distillation_from_no_teacher_is_refused(
