@@ -38,7 +38,17 @@ EXPORTS = {
         "load_text_encoder",
         "load_tokenizer",
     ],
-    "worldloom_curation": ["CurateConfig", "Frame", "Observer", "Source", "Span", "Stage", "Verdict"],
+    "worldloom_curation": [
+        "Adds",
+        "CurateConfig",
+        "Derives",
+        "Frame",
+        "Observer",
+        "Source",
+        "Span",
+        "Stage",
+        "Verdict",
+    ],
     "worldloom_model_zoo": ["KVCache", "PredictConfig", "PredictPipeline", "PredictTransformer", "load_model"],
     "worldloom_finetune": [],
 }

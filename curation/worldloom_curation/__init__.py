@@ -9,14 +9,16 @@ from worldloom.lazy import exports
 if TYPE_CHECKING:
     from worldloom_curation.config import CurateConfig
     from worldloom_curation.pictures import Frame
-    from worldloom_curation.stage import Observer, Source, Span, Stage, Verdict
+    from worldloom_curation.stage import Adds, Derives, Observer, Source, Span, Stage, Verdict
 
-__all__ = ["CurateConfig", "Frame", "Observer", "Source", "Span", "Stage", "Verdict"]
+__all__ = ["Adds", "CurateConfig", "Derives", "Frame", "Observer", "Source", "Span", "Stage", "Verdict"]
 
 __getattr__ = exports(
     __name__,
     {
+        "Adds": "worldloom_curation.stage",
         "CurateConfig": "worldloom_curation.config",
+        "Derives": "worldloom_curation.stage",
         "Frame": "worldloom_curation.pictures",
         "Observer": "worldloom_curation.stage",
         "Source": "worldloom_curation.stage",

@@ -100,4 +100,16 @@ STAGES = {
         "target": "worldloom_curation.stages.caption:CaptionStage",
         "summary": "Write captions of recorded episodes from what the recorder knows.",
     },
+    "text_embeddings": {
+        "target": "worldloom_curation.stages.text_embeddings:TextEmbeddingsStage",
+        "summary": "Store the token vectors of captions with the clips.",
+    },
+    "embeddings": {
+        "target": "worldloom_curation.stages.embeddings:EmbeddingsStage",
+        "summary": "Store vectors of a few frames with every clip, for search.",
+    },
+    "latents": {
+        "target": "worldloom_curation.stages.latents:LatentsStage",
+        "summary": "Encode the clips by a video tokenizer into DIR/latents, for training.",
+    },
 }

@@ -114,6 +114,7 @@ def _said(summary: Mapping[str, Any]) -> str:
         clips = "1 clip" if count == 1 else f"{count} clips"
         lines.append(f"{clips} in quarantine: a stage raised an exception there; see {summary['out']}/ledger.parquet")
     lines.append(f"{summary['dataset']} in {summary['out']}")
+    lines += [f"{identity} in {summary['out']}/{name}" for name, identity in summary["derived"].items()]
     lines.append(f"look at it: worldloom curate report --out {summary['out']}")
     return "\n".join(lines)
 

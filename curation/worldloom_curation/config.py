@@ -19,11 +19,13 @@ from worldloom_curation.stages.camera import CameraConfig
 from worldloom_curation.stages.caption import CaptionConfig
 from worldloom_curation.stages.caption_windows import CaptionWindowsConfig
 from worldloom_curation.stages.duplicates import DuplicatesConfig
+from worldloom_curation.stages.embeddings import EmbeddingsConfig
 from worldloom_curation.stages.exposure import ExposureConfig
 from worldloom_curation.stages.flicker import FlickerConfig
 from worldloom_curation.stages.frozen import FrozenConfig
 from worldloom_curation.stages.idle import IdleConfig
 from worldloom_curation.stages.jerk import JerkConfig
+from worldloom_curation.stages.latents import LatentsConfig
 from worldloom_curation.stages.motion import MotionConfig
 from worldloom_curation.stages.motion_vectors import MotionVectorsConfig
 from worldloom_curation.stages.near_duplicates import NearDuplicatesConfig
@@ -36,6 +38,7 @@ from worldloom_curation.stages.semantic_duplicates import SemanticDuplicatesConf
 from worldloom_curation.stages.split import SplitConfig
 from worldloom_curation.stages.success import SuccessConfig
 from worldloom_curation.stages.sync import SyncConfig
+from worldloom_curation.stages.text_embeddings import TextEmbeddingsConfig
 from worldloom_curation.stages.text_safety import TextSafetyConfig
 from worldloom_curation.stages.write import WriteConfig
 
@@ -100,6 +103,12 @@ class CurateConfig:
     """Captions by a model."""
     text_safety: TextSafetyConfig = field(default_factory=TextSafetyConfig)
     """What captions are checked for."""
+    text_embeddings: TextEmbeddingsConfig = field(default_factory=TextEmbeddingsConfig)
+    """Vectors of captions."""
+    embeddings: EmbeddingsConfig = field(default_factory=EmbeddingsConfig)
+    """Vectors of frames."""
+    latents: LatentsConfig = field(default_factory=LatentsConfig)
+    """Latents of the clips, for training."""
     write: WriteConfig = field(default_factory=WriteConfig)
     """How clips are stored."""
 

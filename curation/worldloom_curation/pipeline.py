@@ -20,28 +20,30 @@ from typing import TYPE_CHECKING, Any
 from worldloom import config as configs
 from worldloom.artifacts import Store, atomic_write
 from worldloom.errors import WorldloomError
-from worldloom.schema import Clip, Decision, ShardRef
-from worldloom.shards import ShardSample, ShardWriter, commit_dataset
+from worldloom.schema import Clip, Decision
+from worldloom.shards import commit_dataset
+from worldloom_curation.additions import add_to_clips, adding, load_added, stored_key
 from worldloom_curation.cache import Cache, key_of
 from worldloom_curation.config import CurateConfig
+from worldloom_curation.derived import check_derived, commit_derived, replace_derived
 from worldloom_curation.executor import executor
 from worldloom_curation.ledger import NAME, accounts, reconcile, save_ledger
+from worldloom_curation.packing import Packed, clip_of, is_copied, pack_shards
 from worldloom_curation.quarantine import Failure, decide
 from worldloom_curation.remote import is_url
-from worldloom_curation.robot import Statistics, describe, statistics_table
+from worldloom_curation.robot import Statistics, statistics_table
 from worldloom_curation.scan import (
     Plan,
     Scan,
     clip_key,
     encode_source,
-    face_blur,
     plan,
     prepare,
     scan_source,
     signals_key,
 )
-from worldloom_curation.sources import discover, load_episode
-from worldloom_curation.stage import Source, Span, Stage, Verdict
+from worldloom_curation.sources import discover
+from worldloom_curation.stage import Adds, Derives, Source, Span, Stage, Verdict
 from worldloom_curation.stages import probe, write
 
 if TYPE_CHECKING:
@@ -160,6 +162,7 @@ def run(
     with _alone(out):
         _sweep(out)
         this = Run(out, config, stages, cache, job, progress)
+        check_derived(this)
         scans = _scan(this, sources)
         spans = _probe_verdicts(this, sources, scans)
         for position, stage in enumerate(stages, start=1):
@@ -174,8 +177,9 @@ def run(
         }
         frames = {source.name: scan.frames for source, scan in zip(sources, scans, strict=True)}
         failures = _encode(this, spans, sizes, frames)
-        shards = _pack_shards(this, spans, sizes, frames, failures)
-        return _commit(this, src, sources, inputs, shards, store)
+        _add(this, spans, sizes, frames, failures)
+        packed = pack_shards(this, spans, sizes, frames, failures)
+        return _commit(this, src, sources, inputs, packed, store)
 
 
 def _scan(this: Run, sources: Sequence[Source]) -> list[Scan]:
@@ -254,7 +258,8 @@ def _decide(this: Run, position: int, stage: Stage, spans: Sequence[Span]) -> li
                 this.cache.save("verdicts", key, [_pack(verdict) for verdict in verdicts])
         else:
             verdicts = [_unpack(row, sources) for row in known]
-        work.add(known is not None, len(batch))
+        if not isinstance(stage, Adds):  # whose work is what they add
+            work.add(known is not None, len(batch))
         for verdict in verdicts:
             this.note(position, stage.name, verdict)
         kept += [verdict.span for verdict in verdicts if verdict.kept]
@@ -302,11 +307,6 @@ def _unpack(row: list[Any], sources: Mapping[str, Source]) -> Verdict:
     return Verdict(Span(sources[name], *span), *decision)
 
 
-def _copied(span: Span, frames: int) -> bool:
-    """Whether the clip is a recorded episode as it is."""
-    return span.source.exact and (span.start, span.end, span.step) == (0, frames, 1)
-
-
 def _encode(
     this: Run, spans: Sequence[Span], sizes: Mapping[str, tuple[int, int]], frames: Mapping[str, int]
 ) -> dict[tuple[str, int, int], Failure]:
@@ -315,7 +315,7 @@ def _encode(
     asked: set[str] = set()
     work = this.work.setdefault("write", Work())
     for span in spans:
-        if _copied(span, frames[span.source.name]):
+        if is_copied(span, frames[span.source.name]):
             work.copied += 1
             continue
         size = sizes[span.source.name]
@@ -338,87 +338,41 @@ def _encode(
     return {(key, *span): why for key, failed in zip(jobs, errors, strict=True) for span, why in failed.items()}
 
 
-def _pack_shards(
+def _add(
     this: Run,
     spans: Sequence[Span],
     sizes: Mapping[str, tuple[int, int]],
     frames: Mapping[str, int],
-    failures: Mapping[tuple[str, int, int], Failure],
-) -> list[ShardRef]:
-    """Write the clips, in order, into shards beside the old ones, and the last rows of the ledger."""
-    position, staging = len(this.stages) + 1, this.out / ".cache" / "next"
-    shutil.rmtree(staging, ignore_errors=True)
-    written: dict[str, str] = {}
-    action_dims: dict[int, str] = {}
-    config = this.config.write
-    with ShardWriter(staging, samples_per_shard=config.samples_per_shard, max_bytes=config.max_shard_bytes) as writer:
-        episode: tuple[str, ShardSample | None] = ("", None)
-        for number, span in enumerate(spans, start=1):
-            name = span.source.name
-            if span.id in written:
-                reason = f"clip {span.id} is already written, from {written[span.id]}"
-                this.note(position, "write", Verdict(span, False, "earlier copies", 1.0, 1.0, reason))
-                continue
-            if span.source.exact and episode[0] != name:
-                episode = (name, load_episode(span.source))
-            recorded = episode[1] if span.source.exact else None
-            try:
-                sample = _sample(this, span, sizes[name], frames[name], recorded)
-            except FileNotFoundError:
-                why = failures.get((span.source.key, span.start, span.end), Failure("the clip was not encoded"))
-                verdict = Verdict(span, False, reason=why.reason, traceback=why.traceback)
-                this.note(position, "write", verdict, failed=True)
-                continue
-            except WorldloomError as error:
-                this.note(position, "write", Verdict(span, False, reason=probe.sentence(error)), failed=True)
-                continue
-            action_dims.setdefault(sample.clip.action_dim, name)
-            if len(action_dims) > 1:
-                (one, first), (other, second) = action_dims.items()
-                raise WorldloomError(
-                    "the clips of one dataset must have one action size",
-                    got=f"{one} in {first}, {other} in {second}",
-                    do="curate the folders one at a time, each with its own --out",
-                )
-            writer.write(sample)
-            written[span.id] = name
-            describe(this.statistics, sample.arrays, span.source.facts)
-            clip = sample.clip
-            this.note(
-                position, "write", Verdict(span, True, reason=f"{span.frames} frames, {clip.width}x{clip.height}")
-            )
-            this.progress("pack", number, len(spans), name)
-        return writer.close()
-
-
-def _sample(this: Run, span: Span, size: tuple[int, int], frames: int, episode: ShardSample | None) -> ShardSample:
-    """The shard sample of a span: its encoded clip, and its part of the episode's arrays."""
-    if episode is not None and _copied(span, frames):
-        video = episode.video
-    else:
-        video = this.cache.path("clips", clip_key(span, size, this.config.write), ".mp4").read_bytes()
-    arrays = write.cut_arrays(span.source.arrays if episode is None else episode.arrays, span, frames)
-    facts = {name: value for name, value in span.source.facts.items() if name != "caption"}
-    start, end = span.source.original(span.start, span.end)
-    if not span.source.exact:
-        facts["source_size"] = list(this.source_sizes[span.source.name])
-    if write.blurs_faces(span, this.config.write):
-        facts["faces"] = f"blurred by {face_blur()}"
-    clip = Clip(
-        id=span.id,
-        source=span.source.name,
-        source_digest=span.source.digest,
-        start=start,
-        end=end,
-        fps=span.fps / span.step,
-        width=size[1],
-        height=size[0],
-        caption=span.caption,
-        action_dim=int(arrays["actions"].shape[1]) if "actions" in arrays else 0,
-        metadata={**facts, **span.notes},
-        step=span.step * (span.source.cut_from or (0, 0, 1))[2],
+    failures: dict[tuple[str, int, int], Failure],
+) -> None:
+    """Let the stages that add to clips look at those they have not, source by source; what fails joins `failures`."""
+    stages = adding(this.stages)
+    jobs: dict[str, tuple[Source, list[tuple[Span, Clip, str, bool]], Plan]] = {}
+    asked: set[str] = set()
+    for span in spans:
+        size, copied = sizes[span.source.name], is_copied(span, frames[span.source.name])
+        if span.id in asked or (span.source.key, span.start, span.end) in failures:
+            continue
+        asked.add(span.id)
+        stored = stored_key(span, size, this.config, copied)
+        missing = [load_added(this.cache, stage, span, stored) is None for stage in stages]
+        for stage, absent in zip(stages, missing, strict=True):
+            this.work[stage.name].add(not absent)
+        if any(missing):
+            clip = clip_of(this, span, size, 0)
+            jobs.setdefault(span.source.key, (span.source, [], this.job))[1].append((span, clip, stored, copied))
+    todo = list(jobs.values())
+    died = Failure("the process that looked at it died, for want of memory perhaps")
+    errors = executor(this.config.executor, this.config.workers)(
+        add_to_clips,
+        todo,
+        lambda n, i: this.progress("add", n, len(todo), todo[i][0].name),
+        lambda i: {clip.id: died for _, clip, _, _ in todo[i][1]},
     )
-    return ShardSample(clip, video, arrays)
+    for (_, clips, _), failed in zip(todo, errors, strict=True):
+        for span, clip, _, _ in clips:
+            if clip.id in failed:
+                failures[span.source.key, span.start, span.end] = failed[clip.id]
 
 
 def _commit(
@@ -426,16 +380,17 @@ def _commit(
     src: str | Path,
     sources: Sequence[Source],
     inputs: Sequence[str],
-    shards: Sequence[ShardRef],
+    packed: Packed,
     store: Store | None,
 ) -> dict[str, Any]:
     """Put the new results in the place of the old. In between there is no dataset.json: half-new never looks whole."""
-    out, rows = this.out, this.ledger(sources)
+    out, rows, shards = this.out, this.ledger(sources), packed.clips
     for name in ("summary.json", "dataset.json"):
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / "shards", ignore_errors=True)
     if shards:
         (out / ".cache" / "next" / "shards").replace(out / "shards")
+    replace_derived(this, packed)
     save_ledger(rows, out / NAME)
     configs.save(this.config, out / "config.toml")
     summary = _summary(this, src, rows)
@@ -452,12 +407,18 @@ def _commit(
         shards,
         inputs=inputs,
         config=settings,
-        metadata={"source": place, **statistics_table(this.statistics)},
+        metadata={"source": place, **statistics_table(this.statistics), **_facts(this)},
         store=store,
     )
-    summary = {"dataset": index.id, **summary}
+    summary = {"dataset": index.id, **summary, "derived": commit_derived(this, index, packed, store)}
     atomic_write(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
+
+
+def _facts(this: Run) -> dict[str, Any]:
+    """What ``dataset.json`` says about that which stages have added to the clips."""
+    stages = [stage for stage in adding(this.stages) if not isinstance(stage, Derives)]
+    return {name: fact for stage in stages for name, fact in stage.facts().items()}
 
 
 def _summary(this: Run, src: str | Path, rows: Sequence[Decision]) -> dict[str, Any]:

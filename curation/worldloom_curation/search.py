@@ -165,9 +165,14 @@ Row = tuple[str, np.ndarray, np.ndarray]  # key, frame numbers (k,), vectors (k,
 
 
 def _frame_vectors(dataset: Dataset, embedder: Embedder) -> Iterator[Row]:
+    stored = dataset.index.metadata.get("embedder") or {}
+    fits = (stored.get("fingerprint"), stored.get("frames")) == (embedder.fingerprint, FRAMES)
     for sample in dataset:
-        numbers, frames = _spread(sample.video or b"")
-        yield sample.clip.id, numbers, embedder.embed_frames(frames)
+        if fits and "embedding" in sample.arrays:  # curation's stage of that name made them
+            yield sample.clip.id, places(sample.clip.frames, FRAMES), sample.arrays["embedding"]
+        else:
+            numbers, frames = spread(sample.video or b"")
+            yield sample.clip.id, numbers, embedder.embed_frames(frames)
 
 
 def _caption_vectors(dataset: Dataset, embedder: Embedder) -> Iterator[Row]:
@@ -178,8 +183,13 @@ def _caption_vectors(dataset: Dataset, embedder: Embedder) -> Iterator[Row]:
             yield clip.id, np.array([-1]), vector[None] * bool(clip.caption.strip())
 
 
-def _spread(video: bytes | Path) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers and the pictures, uint8 ``(k, h, w, 3)``, of `FRAMES` evenly spread frames of a video.
+def places(frames: int, count: int) -> np.ndarray:
+    """The numbers of ``count`` frames spread evenly over a video of ``frames``: int64 ``(count,)``."""
+    return np.linspace(0, frames - 1, count).round().astype(np.int64)
+
+
+def spread(video: bytes | Path, count: int = FRAMES) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers and the pictures, uint8 ``(count, h, w, 3)``, of evenly spread frames of a video.
 
     Raises:
         WorldloomError: it cannot be decoded.
@@ -187,7 +197,7 @@ def _spread(video: bytes | Path) -> tuple[np.ndarray, np.ndarray]:
     from worldloom import media
 
     frames = media.read_frames(video)
-    numbers = np.linspace(0, len(frames) - 1, FRAMES).round().astype(np.int64)
+    numbers = places(len(frames), count)
     return numbers, frames[numbers]
 
 
@@ -199,7 +209,7 @@ def embed_query(query: str, embedder: Embedder, what: What) -> np.ndarray:
 
     if Path(query).suffix.lower() in _PICTURES:
         return embedder.embed_frames(media.read_image(query)[None])[0]
-    mean = embedder.embed_frames(_spread(Path(query))[1]).mean(0)
+    mean = embedder.embed_frames(spread(Path(query))[1]).mean(0)
     return mean / max(float(np.linalg.norm(mean)), 1e-12)
 
 
@@ -264,7 +274,7 @@ def contact_sheet(dataset: Dataset, results: Sequence[Found]) -> np.ndarray:
     """uint8 ``(h, w, 3)``: a row of `FRAMES` frames for each clip, best first."""
     from worldloom import media
 
-    rows = [media.fit(_spread(dataset.load(found.clip).video or b"")[1], (_EDGE, _EDGE)) for found in results]
+    rows = [media.fit(spread(dataset.load(found.clip).video or b"")[1], (_EDGE, _EDGE)) for found in results]
     return media.contact_sheet(rows)
 
 

@@ -5,12 +5,15 @@ put an `Observer` into that pass; what the observers collected (per-frame number
 each stage turns spans into verdicts with `decide`, a pure function of the spans, the collected numbers and its config.
 So a changed threshold asks for new verdicts and not for a new decoding.
 
+A stage may also add arrays to the clips that are kept, from the clips as they are stored (`Adds`), or make samples of a
+dataset of its own from them (`Derives`).
+
 A third party's stage is one class with this shape and one line in a catalog (entry point group ``worldloom.stages``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -19,6 +22,8 @@ from worldloom.schema import clip_id
 if TYPE_CHECKING:
     import numpy as np
 
+    from worldloom.schema import Clip
+    from worldloom.shards import ShardSample
     from worldloom_curation.pictures import Frame
 
     Signals = Mapping[str, np.ndarray]
@@ -151,4 +156,39 @@ class Stage(Protocol):
 
         The spans of the verdicts must cover the frames of the spans given, so that the ledger accounts for every frame.
         """
+        ...
+
+
+@runtime_checkable
+class Adds(Stage, Protocol):
+    """A stage that adds arrays to the samples of kept clips. Its results are cached, and may come from a worker."""
+
+    reads_caption: bool
+    """Whether what it adds depends on the clip's caption; on its pictures it always may."""
+
+    def add(self, clip: Clip, video: bytes) -> dict[str, np.ndarray]:
+        """Arrays of a clip as it is stored, by name (`worldloom.shards`); what it raises fails that clip alone."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """What ``dataset.json`` says about them, in its metadata."""
+        ...
+
+
+@runtime_checkable
+class Derives(Adds, Protocol):
+    """A stage whose arrays become a dataset of latents of their own, ``DIR/<name>``, instead of parts of the clips."""
+
+    @property
+    def tokenizer(self) -> Mapping[str, Any]:
+        """Of that dataset, as ``dataset.json`` records it."""
+        ...
+
+    @property
+    def inputs(self) -> Sequence[str]:
+        """What it is made of besides the clips, for its lineage."""
+        ...
+
+    def derive(self, sample: ShardSample, made: Mapping[str, np.ndarray]) -> Iterator[ShardSample]:
+        """The samples of a clip, from what `add` has made of it."""
         ...

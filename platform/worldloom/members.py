@@ -33,6 +33,7 @@ ARRAYS: Mapping[str, tuple[str, tuple[str, ...], int]] = {
     "latents": ("latents.npy", ("float16",), 4),
     "codes": ("codes.npy", ("int32",), 4),
     "text": ("text.npy", ("float16", "float32"), 2),
+    "embedding": ("embedding.npy", ("float16",), 2),
     "actions": ("actions.npy", ("float32",), 2),
     "rewards": ("rewards.npy", ("float32",), 1),
     "state": ("state.npy", ("float32",), 2),

@@ -1,9 +1,9 @@
 """Finding things by name across packages without importing them.
 
-Groups: commands, stages, tokenizers, families, models, recipes, guards, embedders. A package announces a *catalog* with
-an entry point of the group ``worldloom.<group>``; a catalog is a plain dict ``{name: "module:attr"}`` or ``{name:
-{"target": "module:attr", "summary": "...", ...}}`` in a module that imports nothing heavy. A target is imported only by
-`load`.
+Groups: commands, stages, tokenizers, families, models, recipes, guards, embedders, encoders. A package announces a
+*catalog* with an entry point of the group ``worldloom.<group>``; a catalog is a plain dict ``{name: "module:attr"}`` or
+``{name: {"target": "module:attr", "summary": "...", ...}}`` in a module that imports nothing heavy. A target is
+imported only by `load`.
 One broken catalog never hides the others: see `Group.problems`.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 
 from worldloom.errors import WorldloomError
 
-GROUPS = ("commands", "stages", "tokenizers", "families", "models", "recipes", "guards", "embedders")
+GROUPS = ("commands", "stages", "tokenizers", "families", "models", "recipes", "guards", "embedders", "encoders")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ Members of a sample, ``T`` frames (the key is everything before the first dot, a
     <id>.latents.npy          float16 (c, t, h, w) (kind "latents")
     <id>.codes.npy            int32 (codebooks, t, h, w), beside latents of a discrete tokenizer
     <id>.text.npy             float16 or float32 (tokens, dim): the caption's vectors
+    <id>.embedding.npy        float16 (k, d): unit vectors of k evenly spread frames
     <id>.actions.npy          float32 (T-1, a), optional
     <id>.rewards.npy          float32 (T-1,), optional
     <id>.state.npy            float32 (T, s), optional

@@ -18,15 +18,23 @@ from worldloom_curation.executor import executor
 from worldloom_curation.ledger import load_ledger
 from worldloom_curation.pipeline import run
 
-DRIVER = """
+OVERRIDES = (
+    'stages=["split","motion","duplicates","caption","text_embeddings","embeddings","latents"]',
+    "latents.frames=17",
+)
+
+DRIVER = f"""
 import json, sys
+OVERRIDES = {OVERRIDES!r}
+"""
+DRIVER += """
 from worldloom_curation.config import load
 from worldloom_curation.pipeline import run
 
 if __name__ == "__main__":
-    summary = run(sys.argv[1], sys.argv[2], load(overrides=["executor='ray'", "workers=2"]))
+    summary = run(sys.argv[1], sys.argv[2], load(overrides=[*OVERRIDES, "executor='ray'", "workers=2"]))
     assert summary["work"]["scan"]["computed"] == 4, summary
-    again = run(sys.argv[1], sys.argv[2], load(overrides=["executor='ray'", "workers=2"]))
+    again = run(sys.argv[1], sys.argv[2], load(overrides=[*OVERRIDES, "executor='ray'", "workers=2"]))
     assert {work["computed"] for work in again["work"].values()} == {0}, again
     from worldloom_curation.executor import executor
     try:
@@ -37,7 +45,7 @@ if __name__ == "__main__":
 
 
 def digests(out: Path) -> dict[str, str]:
-    files = [out / "ledger.parquet", out / "dataset.json", *sorted((out / "shards").iterdir())]
+    files = [out / "ledger.parquet", *sorted(out.rglob("dataset.json")), *sorted(out.rglob("shards/*.tar"))]
     return {file.relative_to(out).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
@@ -50,7 +58,7 @@ def test_ray_gives_the_same_bytes_as_this_process(tmp_path: Path) -> None:
         write(videos / f"{number}", np.concatenate([scene(10 * number + i, 24) for i in range(2)]), codec)
     (videos / "text.mp4").write_text("no video")
     (videos / "copy.mp4").write_bytes((videos / "0.mp4").read_bytes())
-    run(videos, tmp_path / "local")
+    run(videos, tmp_path / "local", load(overrides=OVERRIDES))
     (tmp_path / "driver.py").write_text(DRIVER)
     done = subprocess.run(
         [sys.executable, str(tmp_path / "driver.py"), str(videos), str(tmp_path / "ray")],

@@ -29,6 +29,8 @@ from worldloom.config import load
 from worldloom_curation import CurateConfig
 from worldloom_curation.pipeline import run
 import av, cv2, pyarrow.parquet, xxhash
+if any("latents" in text for text in sys.argv):
+    import torch, worldloom_tokenizers.encode
 
 if __name__ == "__main__":
     print("ready", flush=True)
@@ -40,7 +42,7 @@ SETTINGS = ("write.samples_per_shard=3",)
 
 
 def digests(out: Path) -> dict[str, str]:
-    files = [out / "ledger.parquet", out / "dataset.json", *sorted((out / "shards").iterdir())]
+    files = [out / "ledger.parquet", *sorted(out.rglob("dataset.json")), *sorted(out.rglob("shards/*"))]
     return {file.relative_to(out).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
@@ -136,17 +138,24 @@ def test_kills_at_random_instants_leave_the_same_shards_and_ledger(
     assert resumed >= kills // 4, "the runs after a kill began from nothing"
 
 
-def test_one_folder_killed_again_and_again_ends_the_same(videos: Path, driver: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [(), ('stages=["split","duplicates","latents"]', "latents.frames=9")])
+def test_one_folder_killed_again_and_again_ends_the_same(
+    videos: Path, driver: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
     """A run over old results is killed too: with other settings, so that old shards are in the way."""
-    run(videos, tmp_path / "whole", load(CurateConfig, overrides=SETTINGS))
+    settings = [*SETTINGS, *more]
+    run(videos, tmp_path / "whole", load(CurateConfig, overrides=settings))
+    assert len(digests(tmp_path / "whole")) == (2 + 4 + 1 + 10 if more else 2 + 4)  # 12 clips, 30 windows of them
     out = tmp_path / "out"
-    run(videos, out, load(CurateConfig, overrides=[*SETTINGS, "write.short_side=64"]))
-    for wait in (0.05, 0.1, 0.2, 0.4, 0.8):
-        process = start(driver, videos, out)
+    run(videos, out, load(CurateConfig, overrides=[*settings, "write.short_side=64"]))
+    for wait in (0.05, 0.1, 0.2, 0.4, 0.8, *((1.2, 1.6, 2.0) if more else ())):
+        process = start(driver, videos, out, *more)
         time.sleep(wait)
         kill(process)
         assert_nothing_looks_whole_that_is_torn(out)
-    run(videos, out, load(CurateConfig, overrides=SETTINGS))
+        if more:
+            assert_nothing_looks_whole_that_is_torn(out / "latents")
+    run(videos, out, load(CurateConfig, overrides=settings))
     assert digests(out) == digests(tmp_path / "whole")
 
 

@@ -46,6 +46,17 @@ EMBEDDERS = {
     },
 }
 
+ENCODERS = {
+    "latents": {
+        "target": "worldloom_tokenizers.encode:latent_encoder",
+        "summary": "Clips to windows of latents, by a video tokenizer.",
+    },
+    "text": {
+        "target": "worldloom_tokenizers.text:load_text_encoder",
+        "summary": "Captions to the token vectors that generators attend to.",
+    },
+}
+
 GUARDS = {
     "classifier": {
         "target": "worldloom_tokenizers.prompt_guard:classifier",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from worldloom.errors import WorldloomError
 from worldloom.protocols import VideoTokenizer
 from worldloom.schema import Clip, clip_id
 from worldloom.streaming import stream
+from worldloom_tokenizers.checkpoint import load_tokenizer
 from worldloom_tokenizers.text import TextEncoder
 
 
@@ -72,7 +72,118 @@ def window_of(clip: Clip, start: int, length: int, size: tuple[int, int]) -> Cli
     )
 
 
-@torch.no_grad()
+class WindowEncoder:
+    """Encodes clips window by window, and makes a sample of each window.
+
+    Args:
+        name: the tokenizer's name or folder, for the record (a folder's whole path, so that a model trained on the
+            latents finds it from anywhere); its fingerprint is recorded with it.
+        frames: length T of a window, 1 + temporal_ratio * k.
+        stride: distance of windows; None for windows that do not overlap.
+        size: (height, width) that clips are cropped and resized to, multiples of the tokenizer's spatial ratio; None
+            for each clip's own, cropped to such multiples.
+        batch_size: windows that are encoded at once.
+        text: the captions' encoder as latents record it; None without one.
+
+    Raises:
+        WorldloomError: lengths or sizes that the tokenizer cannot take.
+    """
+
+    def __init__(
+        self,
+        tokenizer: VideoTokenizer,
+        *,
+        name: str = "tokenizer",
+        frames: int = 33,
+        stride: int | None = None,
+        size: tuple[int, int] | None = (64, 64),
+        batch_size: int = 4,
+        text: Mapping[str, Any] | None = None,
+    ) -> None:
+        ratio, edge = tokenizer.temporal_ratio, tokenizer.spatial_ratio
+        if frames < 1 + ratio or (frames - 1) % ratio:
+            raise WorldloomError(
+                f"a window has 1 + {ratio}k frames", got=frames, do=f"use {max(frames // ratio, 1) * ratio + 1}"
+            )
+        if size is not None and (size[0] % edge or size[1] % edge or min(size) < edge):
+            raise WorldloomError(f"height and width must be multiples of {edge}", got=size)
+        if min(stride or 1, batch_size) < 1:
+            raise WorldloomError("stride and batch_size must be positive", got=(stride, batch_size))
+        self.frames, self.stride = frames, stride or frames
+        self.fingerprint = tokenizer.fingerprint
+        self._tokenizer, self._size, self._batch_size = tokenizer, size, batch_size
+        self._device = next(iter(getattr(tokenizer, "parameters", lambda: iter(()))()), torch.zeros(())).device
+        self._discrete = int(getattr(tokenizer, "codebook_size", 0)) > 0
+        self.config = {
+            "frames": frames,
+            "stride": self.stride,
+            "size": None if size is None else list(size),
+            "tokenizer": recorded_name(name),
+            "fingerprint": self.fingerprint,
+        }
+        if text is not None:
+            self.config["text_encoder"] = dict(text)
+
+    @property
+    def reference(self) -> dict[str, Any]:
+        """The tokenizer as ``dataset.json`` records it."""
+        facts = {"temporal_ratio": self._tokenizer.temporal_ratio, "spatial_ratio": self._tokenizer.spatial_ratio}
+        return {"name": self.config["tokenizer"], "fingerprint": self.fingerprint, **facts}
+
+    @torch.no_grad()
+    def encode(self, clip: Clip, video: bytes) -> dict[str, np.ndarray]:
+        """All n windows of a clip: ``starts`` int64 ``(n,)``, and if there are any ``latents`` float16
+        ``(n, c, t, h, w)`` and, of a discrete tokenizer, ``codes`` int32 ``(n, codebooks, t, h, w)``."""
+        pixels = media.read_frames(video, size=self._size_of(clip))
+        starts = list(windows(len(pixels), self.frames, self.stride))
+        latents, codes = [], []
+        for chunk in range(0, len(starts), self._batch_size):
+            batch = np.stack([pixels[s : s + self.frames] for s in starts[chunk : chunk + self._batch_size]])
+            encoded = self._tokenizer.encode(media.to_tensor(batch).to(self._device))
+            latents.append(encoded.to("cpu", torch.float16).numpy())
+            if self._discrete:
+                codes.append(indices(self._tokenizer, encoded))
+        made = {"starts": np.array(starts, np.int64)}
+        made |= {key: np.concatenate(parts) for key, parts in (("latents", latents), ("codes", codes)) if parts}
+        return made
+
+    def samples(self, sample: shards.ShardSample, made: Mapping[str, np.ndarray]) -> Iterator[shards.ShardSample]:
+        """A sample for each window that `encode` made of a clip, with the part of its actions, and its text."""
+        clip = sample.clip
+        for row, start in enumerate(made["starts"].tolist()):
+            arrays = {key: made[key][row] for key in ("latents", "codes") if key in made}
+            if "text" in sample.arrays:
+                arrays["text"] = sample.arrays["text"]
+            for key in ("actions", "rewards"):
+                if key in sample.arrays:
+                    arrays[key] = sample.arrays[key][start : start + self.frames - 1]
+            yield shards.ShardSample(window_of(clip, start, self.frames, self._size_of(clip)), None, arrays)
+
+    def left_out(self, clip: Clip) -> int:
+        """Frames of a clip that are in no window."""
+        return clip.frames - _covered(list(windows(clip.frames, self.frames, self.stride)), self.frames)
+
+    def _size_of(self, clip: Clip) -> tuple[int, int]:
+        if self._size is not None:
+            return self._size
+        edge = self._tokenizer.spatial_ratio
+        size = clip.height // edge * edge, clip.width // edge * edge
+        if not min(size):
+            raise WorldloomError(
+                f"the clip is too small for the tokenizer, whose latents have {edge} pixels on a side",
+                got=f"{clip.width}x{clip.height}",
+                do="name a size that clips are resized to",
+            )
+        return size
+
+
+def latent_encoder(
+    tokenizer: str, *, frames: int, stride: int | None, size: tuple[int, int] | None, device: str = "cpu"
+) -> WindowEncoder:
+    """A `WindowEncoder` of a tokenizer by name or from a folder; what the registry's ``encoders`` call ``latents``."""
+    return WindowEncoder(load_tokenizer(tokenizer, device), name=tokenizer, frames=frames, stride=stride, size=size)
+
+
 def encode_dataset(
     roots: str | Path | Sequence[str | Path],
     tokenizer: VideoTokenizer,
@@ -81,7 +192,7 @@ def encode_dataset(
     name: str = "tokenizer",
     frames: int = 33,
     stride: int | None = None,
-    size: tuple[int, int] = (64, 64),
+    size: tuple[int, int] | None = (64, 64),
     batch_size: int = 4,
     text_encoder: TextEncoder | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -89,17 +200,14 @@ def encode_dataset(
     """Encode every window of every clip; a dataset of kind ``latents`` is committed in ``out``.
 
     A discrete tokenizer's samples hold its codes too, ``codes``, int32 ``(codebooks, t, h, w)``. With a text encoder
-    each sample holds its caption's vectors, ``text``, float16 ``(tokens, dim)``.
+    each sample holds its caption's vectors, ``text``, float16 ``(tokens, dim)``; they are the clip's own, where it has
+    some of that encoder. Without one there are none.
     Done already (same clips, tokenizer, windows and size): nothing is computed again.
 
     Args:
         roots: a dataset of clips, or several to be encoded into one; where the sizes of their actions differ, their
             actions are left out.
-        name: the tokenizer's name or folder, for the record (a folder's whole path, so that a model trained on the
-            latents finds it from anywhere); its fingerprint is recorded with it.
-        frames: length T of a window, 1 + temporal_ratio * k.
-        stride: distance of windows; None for windows that do not overlap.
-        size: (height, width) that clips are cropped and resized to, multiples of the tokenizer's spatial ratio.
+        name, frames, stride, size, batch_size: of `WindowEncoder`.
         text_encoder: encodes the captions; None leaves them out.
         progress: called with (clips done, clips in all).
 
@@ -107,16 +215,12 @@ def encode_dataset(
         WorldloomError: lengths or sizes that the tokenizer cannot take, a dataset without a long enough clip, a folder
             that holds a dataset which is not an encoding.
     """
-    ratio, edge = tokenizer.temporal_ratio, tokenizer.spatial_ratio
-    if frames < 1 + ratio or (frames - 1) % ratio:
-        raise WorldloomError(
-            f"a window has 1 + {ratio}k frames", got=frames, do=f"use {max(frames // ratio, 1) * ratio + 1}"
-        )
-    if size[0] % edge or size[1] % edge:
-        raise WorldloomError(f"height and width must be multiples of {edge}", got=size)
-    if min(stride or 1, batch_size) < 1:
-        raise WorldloomError("stride and batch_size must be positive", got=(stride, batch_size))
-    stride = stride or frames
+    text = None
+    if text_encoder is not None:
+        text = {"name": text_encoder.name, "fingerprint": text_encoder.fingerprint, "tokens": text_encoder.tokens}
+    encoder = WindowEncoder(
+        tokenizer, name=name, frames=frames, stride=stride, size=size, batch_size=batch_size, text=text
+    )
     roots = [roots] if isinstance(roots, (str, Path)) else list(roots)
     datasets = [shards.open_dataset(root) for root in roots]
     for root, dataset in zip(roots, datasets, strict=True):
@@ -127,51 +231,32 @@ def encode_dataset(
     source = " ".join(dataset.index.id for dataset in datasets)
     with_actions = len({dataset.index.action_dim for dataset in datasets}) == 1
     out = Path(out)
-    fingerprint = tokenizer.fingerprint
-    name = recorded_name(name)
-    config = {"frames": frames, "stride": stride, "size": list(size), "tokenizer": name, "fingerprint": fingerprint}
-    text = None
-    if text_encoder is not None:
-        text = {"name": text_encoder.name, "fingerprint": text_encoder.fingerprint, "tokens": text_encoder.tokens}
-        config["text_encoder"] = text
-    done = _done(out, source, config)
+    done = _done(out, source, encoder.config)
     if done is not None:
         return done
 
-    device = next(iter(getattr(tokenizer, "parameters", lambda: iter(()))()), torch.zeros(())).device
-    discrete = int(getattr(tokenizer, "codebook_size", 0)) > 0
     counts = {"windows": 0, "clips": 0, "short": 0, "left_out": 0}
+    total = sum(map(len, datasets))
     with shards.ShardWriter(out, kind="latents") as writer:
-        samples = itertools.chain.from_iterable(stream(root) for root in roots)
-        for done_clips, sample in enumerate(samples, start=1):
+        given = ((dataset, sample) for dataset in datasets for sample in stream(dataset.root))
+        for done_clips, (dataset, sample) in enumerate(given, start=1):
             assert sample.video is not None
-            pixels = media.read_frames(sample.video, size=size)
-            starts = list(windows(len(pixels), frames, stride))
-            counts["clips" if starts else "short"] += 1
-            words = text_encoder.encode([sample.clip.caption])[0] if text_encoder is not None else None
-            counts["left_out"] += len(pixels) - _covered(starts, frames)
-            for chunk in range(0, len(starts), batch_size):
-                batch = starts[chunk : chunk + batch_size]
-                video = media.to_tensor(np.stack([pixels[s : s + frames] for s in batch])).to(device)
-                encoded = tokenizer.encode(video)
-                latents = encoded.to("cpu", torch.float16).numpy()
-                codes = indices(tokenizer, encoded) if discrete else None
-                for row, start in enumerate(batch):
-                    arrays = {"latents": latents[row]}
-                    if codes is not None:
-                        arrays["codes"] = codes[row]
-                    if words is not None:
-                        arrays["text"] = words.to("cpu", torch.float16).numpy()
-                    for key in ("actions", "rewards"):
-                        if key in sample.arrays and (with_actions or key != "actions"):
-                            arrays[key] = sample.arrays[key][start : start + frames - 1]
-                    clip = window_of(sample.clip, start, frames, size)
-                    if not with_actions:
-                        clip = replace(clip, action_dim=0)
-                    writer.write(shards.ShardSample(clip, None, arrays))
-                    counts["windows"] += 1
+            made = encoder.encode(sample.clip, sample.video)
+            if text_encoder is None:
+                sample.arrays.pop("text", None)
+            elif dataset.index.metadata.get("text_encoder") != text or "text" not in sample.arrays:
+                words = text_encoder.encode([sample.clip.caption])[0]
+                sample.arrays["text"] = words.to("cpu", torch.float16).numpy()
+            if not with_actions:
+                sample.arrays.pop("actions", None)
+                sample.clip = replace(sample.clip, action_dim=0)
+            for window in encoder.samples(sample, made):
+                writer.write(window)
+            counts["windows"] += len(made["starts"])
+            counts["clips" if len(made["starts"]) else "short"] += 1
+            counts["left_out"] += encoder.left_out(sample.clip)
             if progress is not None:
-                progress(done_clips, sum(map(len, datasets)))
+                progress(done_clips, total)
         if not counts["windows"]:
             raise WorldloomError(
                 "no clip is long enough for a window",
@@ -183,16 +268,16 @@ def encode_dataset(
         out,
         refs,
         kind="latents",
-        tokenizer={"name": name, "fingerprint": fingerprint, "temporal_ratio": ratio, "spatial_ratio": edge},
+        tokenizer=encoder.reference,
         metadata={
             **_common([dataset.index.metadata for dataset in datasets]),
-            "encode": config,
+            "encode": encoder.config,
             "source": source,
             "counts": counts,
             "text_encoder": text,
         },
-        inputs=[*source.split(), f"model:{name}@{fingerprint}"],
-        config=config,
+        inputs=[*source.split(), f"model:{encoder.config['tokenizer']}@{encoder.fingerprint}"],
+        config=encoder.config,
     )
     return EncodeSummary(**counts)
 
