@@ -5,6 +5,7 @@ At least those that docs and benchmarks speak of: Debian's opencv-doc and python
 
 from __future__ import annotations
 
+import json
 import os
 from fractions import Fraction
 from pathlib import Path
@@ -12,10 +13,13 @@ from typing import Any
 
 import av
 import pytest
+from browser import CHROMIUM, look_at, thumbnails
 
+from worldloom import registry
 from worldloom_curation.config import load
 from worldloom_curation.ledger import accounts, load_ledger, reconcile
 from worldloom_curation.pipeline import run
+from worldloom_curation.report import make_report
 
 FOLDER = os.environ.get("WORLDLOOM_REAL_VIDEOS", "")
 AGAIN = {
@@ -23,6 +27,12 @@ AGAIN = {
     "mpeg2video": ".ts", "libvpx": ".webm",
 }  # fmt: skip
 """Encoder -> extension: what small ones among them are encoded to, so that many codecs occur."""
+
+
+ELSEWHERE = ("caption_windows",)
+"""Stages that need more than this machine."""
+LAST = ("caption", "text_safety", "text_embeddings", "embeddings", "latents")
+"""Stages that come after those that drop, in this order."""
 
 
 def count(file: Path) -> tuple[str, int, float]:
@@ -56,7 +66,7 @@ def encode_again(file: Path, target: Path, encoder: str, most: int = 60) -> None
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(not FOLDER, reason="set WORLDLOOM_REAL_VIDEOS to a folder of videos")
-def test_the_ledger_has_every_frame_of_real_videos_once(tmp_path: Path) -> None:
+def test_the_ledger_of_all_stages_has_every_frame_of_real_videos_once_and_its_report_plays(tmp_path: Path) -> None:
     videos = tmp_path / "videos"
     videos.mkdir()
     real = sorted(path for path in Path(FOLDER).iterdir() if path.is_file())
@@ -69,7 +79,9 @@ def test_the_ledger_has_every_frame_of_real_videos_once(tmp_path: Path) -> None:
     codecs = {codec for codec, _, _ in counted.values()}
     assert len(counted) >= 24
     assert len(codecs) >= 8, codecs
-    summary = run(videos, tmp_path / "out", load(overrides=["probe.min_side=16"]))
+    stages = ["split", *sorted(set(registry.names("stages")) - {"split", *ELSEWHERE, *LAST}), *LAST]
+    settings = [f"stages={json.dumps(stages)}", "probe.min_side=16", "split.mode='transnet'", "latents.frames=17"]
+    summary = run(videos, tmp_path / "out", load(overrides=settings))
     rows = load_ledger(tmp_path / "out")
     assert reconcile(rows) == []
     assert reconcile(rows, {name: frames for name, (_, frames, _) in counted.items()}) == []
@@ -78,4 +90,10 @@ def test_the_ledger_has_every_frame_of_real_videos_once(tmp_path: Path) -> None:
     theirs = sum(seconds for _, _, seconds in counted.values())
     slowest = max(seconds / max(1, frames) for _, frames, seconds in counted.values())
     assert abs(ours - theirs) < slowest  # one frame, of all sources together
+    report = make_report(tmp_path / "out")
+    shown = len(thumbnails(report.read_text()))
+    assert shown >= 10
+    if CHROMIUM is not None:
+        assert look_at(report, tmp_path)["played"] == ["plays"] * shown
+    print(f"{shown} thumbnails, {'played' if CHROMIUM else 'no browser to play them'}; dropped: {summary['dropped']}")
     print(f"{len(counted)} files, {len(codecs)} codecs, {theirs:.2f} s; {summary['frames']}, {summary['clips']} clips")
