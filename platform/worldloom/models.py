@@ -182,15 +182,22 @@ def convert(source: Path, out: Path, key: str) -> None:
 @click.option("--family", default="predict", show_default=True, help="Family of models that reads it.")
 @click.option("--variant", default="", help="Which published checkpoint it is.  [default: told by names and shapes]")
 @click.option("--tokenizer", default="", help="Name or folder of its tokenizer.  [default: the published one's name]")
+@click.option(
+    "--text-encoder", default="", help="Folder of its text encoder, T5 or Cosmos-Reason1.  [default: it reads no text]"
+)
 @click.option("--action-dim", default=0, help="Size of an action, where it was fine-tuned to another.")
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder of the checkpoint.")
-def import_(source: str, family: str, variant: str, tokenizer: str, action_dim: int, out: str) -> None:
+def import_(
+    source: str, family: str, variant: str, tokenizer: str, text_encoder: str, action_dim: int, out: str
+) -> None:
     """Make a checkpoint folder of SOURCE, published weights of a model.
 
     SOURCE is a safetensors file, an index of shards, or a folder with either, in the native or the diffusers layout.
     Pickled files are converted first: worldloom models convert.
     """
-    made = _of_family(family, "importer")(source, out, variant=variant, tokenizer=tokenizer, action_dim=action_dim)
+    made = _of_family(family, "importer")(
+        source, out, variant=variant, tokenizer=tokenizer, text_encoder=text_encoder, action_dim=action_dim
+    )
     click.echo(made)
 
 

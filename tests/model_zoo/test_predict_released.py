@@ -11,6 +11,7 @@ import tiny_models
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from text_folders import save_t5
 
 from worldloom import config as configs
 from worldloom.cli import main
@@ -407,3 +408,34 @@ def test_an_imported_checkpoint_generates(name: str, tmp_path: Path, monkeypatch
     assert video.isfinite().all()
     if actions is not None:
         assert (model.generate_video(start, actions + 1, 13, seed=1) - video).abs().max() > 1e-4
+
+
+def test_a_text_encoder_in_a_folder_lets_an_imported_checkpoint_read_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CONFIGS["video"], latent_channels=tiny_models.VAE.latent_channels)
+    save_t5(tmp_path / "t5", dim=config.context_dim)
+    save_t5(tmp_path / "wide", dim=config.context_dim + 8)
+    tokenizer = tiny_models.tokenizer_folder(tmp_path / "tokenizer")
+    sampler = replace(RECIPES[POST].sampler, steps=2, negative_prompt="no motion")
+    row = Recipe("tiny", lambda: config, "loom/tiny", sampler=sampler, frames=13, text_tokens=12)
+    monkeypatch.setitem(RECIPES, "tiny", row)
+    publish(config, tmp_path / "x.safetensors")
+    with pytest.raises(WorldloomError, match="another size than the network reads"):
+        import_released(tmp_path / "x.safetensors", tmp_path / "ours", "tiny", tokenizer, tmp_path / "wide")
+    words = ["import", str(tmp_path / "x.safetensors"), "--variant", "tiny", "--tokenizer", str(tokenizer)]
+    words += ["--text-encoder", str(tmp_path / "t5"), "--out", str(tmp_path / "ours")]
+    done = CliRunner().invoke(main, ["models", *words])
+    assert done.exit_code == 0, done.output
+    assert "text encoder" not in done.output
+    model = load_model(tmp_path / "ours")
+    start = torch.rand(1, 3, 1, 32, 32) * 2 - 1
+    made = [
+        model.generate_video(start, None, 13, text=[prompt], seed=1)
+        for prompt in ("a robot arm", "a robot arm", "the red block stops")
+    ]
+    assert torch.equal(made[0], made[1])
+    assert (made[0] - made[2]).abs().max() > 1e-4
+    save_t5(tmp_path / "t5", dim=config.context_dim)  # another one in its place
+    with pytest.raises(WorldloomError, match="trained with another text encoder"):
+        load_model(tmp_path / "ours").generate_video(start, None, 13, text=["a robot arm"], seed=1)

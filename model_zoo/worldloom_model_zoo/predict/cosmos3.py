@@ -112,7 +112,12 @@ def load(
 
 
 def import_folder(
-    path: str | Path, out: str | Path, variant: str = "", tokenizer: str | Path = "", action_dim: int = 0
+    path: str | Path,
+    out: str | Path,
+    variant: str = "",
+    tokenizer: str | Path = "",
+    text_encoder: str | Path = "",
+    action_dim: int = 0,
 ) -> str:
     """Make a checkpoint folder that stands for a published pipeline folder; its weights stay where they are.
 
@@ -125,10 +130,10 @@ def import_folder(
     Raises:
         WorldloomError: not such a folder, pickles in it, or settings that Cosmos 3 does not have.
     """
-    if tokenizer or action_dim:
+    if tokenizer or text_encoder or action_dim:
         raise WorldloomError(
-            "Cosmos 3 brings its own tokenizer, and its actions are set by the embodiment",
-            got=f"tokenizer {str(tokenizer)!r}, action_dim {action_dim}",
+            "Cosmos 3 brings its own tokenizer and text encoder, and its actions are set by the embodiment",
+            got=f"tokenizer {str(tokenizer)!r}, text encoder {str(text_encoder)!r}, action_dim {action_dim}",
             do="name the embodiment with --variant",
         )
     source = Path(path).absolute()

@@ -126,7 +126,7 @@ class PredictPipeline:
                 raise WorldloomError(
                     "the model was trained with another text encoder",
                     got=f"{ref.name} {encoder.fingerprint[:12]}, the model wants {ref.fingerprint[:12]}",
-                    do="install the version of its package that the model was trained with",
+                    do="give the encoder that it was trained with: its folder, or the version of its package",
                 )
             self._encoder = encoder
         return self._encoder.encode(texts).to(self.device)

@@ -112,20 +112,28 @@ def load_released(path: str | Path, variant: str = "", device: str = "cpu", acti
 
 
 def import_released(
-    path: str | Path, out: str | Path, variant: str = "", tokenizer: str | Path = "", action_dim: int = 0
+    path: str | Path,
+    out: str | Path,
+    variant: str = "",
+    tokenizer: str | Path = "",
+    text_encoder: str | Path = "",
+    action_dim: int = 0,
 ) -> str:
     """Make a checkpoint folder of published weights, bit by bit the same numbers, all or nothing.
 
     Args:
         tokenizer: name or folder of the tokenizer that it works with; "" writes the name of the published one, which
             `worldloom tokenize import` makes.
+        text_encoder: folder of its text encoder, as `worldloom_tokenizers.load_text_encoder` reads it; "" writes the
+            name of the published one, and prompts are refused.
         variant, action_dim: as in `read_released`.
 
     Returns:
         What was made and what it still needs, for a person.
 
     Raises:
-        WorldloomError: as `read_released`, a recipe that has to be named, or a sampler that is not one of ours.
+        WorldloomError: as `read_released`, a recipe that has to be named, a sampler that is not one of ours, or a text
+            encoder with vectors of another size.
     """
     released = read_released(path, variant, action_dim)
     row = released.recipe or _only_recipe(released.config, str(path))
@@ -145,7 +153,7 @@ def import_released(
             row.sampler, chunk_frames=row.frames if row.frames > 1 else 0, overlap_frames=max(1, *row.given)
         ),
         tokenizer=TokenizerRef(str(tokenizer) or row.tokenizer),
-        text=TextEncoderRef(row.text_encoder, tokens=row.text_tokens),
+        text=_text_encoder(text_encoder, released.config, row),
     )
     with atomic_dir(Path(out)) as folder:
         write_weights(released.weights, folder)
@@ -157,9 +165,28 @@ def import_released(
         lines.append(
             f"its tokenizer is {row.tokenizer}: worldloom tokenize import, then give the folder in config.toml"
         )
+    if not text_encoder:
+        lines.append(f"its text encoder is {row.text_encoder}: import with --text-encoder FOLDER, or it reads no text")
     if row.note:
         lines.append(f"sampling: {row.note}")
     return "\n".join(lines)
+
+
+def _text_encoder(folder: str | Path, config: PredictConfig, row: Recipe) -> TextEncoderRef:
+    """The reference to a text encoder in a folder, or to the published one by name."""
+    if not folder:
+        return TextEncoderRef(row.text_encoder, tokens=row.text_tokens)
+    from worldloom_tokenizers import load_text_encoder
+
+    encoder = load_text_encoder(folder, row.text_tokens)
+    wanted = config.text_dim or config.context_dim
+    if encoder.dim != wanted:
+        raise WorldloomError(
+            "the text encoder's vectors have another size than the network reads",
+            got=f"{folder}: {encoder.dim}, {row.name}: {wanted}",
+            do=f"give {row.text_encoder}",
+        )
+    return TextEncoderRef(encoder.name, encoder.fingerprint, row.text_tokens)
 
 
 def export_released(folder: str | Path, out: str | Path, layout: str) -> Path:
