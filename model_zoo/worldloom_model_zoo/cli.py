@@ -24,6 +24,7 @@ _device = click.option("--device", default="cpu", show_default=True, help="Where
 @click.argument("model")
 @click.option("--image", type=_FILE, help="Start from this image.")
 @click.option("--video", type=_FILE, help="Continue this video; its last frames are the start.")
+@click.option("--view", type=_FILE, multiple=True, help="Start of a camera, for models of several. Repeat it in order.")
 @click.option("--actions", type=_FILE, help="What is done: .npy, .json or .csv, one row between two frames.")
 @click.option("--prompt", default="", help="Text, for models that take it.")
 @click.option("--negative-prompt", default="", help="Text to keep away from, for models that take it.")
@@ -53,6 +54,7 @@ def generate(
     model: str,
     image: str | None,
     video: str | None,
+    view: tuple[str, ...],
     actions: str | None,
     prompt: str,
     negative_prompt: str,
@@ -104,8 +106,9 @@ def generate(
         ctx.exit(_run_batch(loaded, model, batch.samples, out, guards, upsampler))
     pipeline = require_generates(loaded, model)
     request = GenerationRequest(
-        model, prompt, image, video, actions, frames, seed, steps, guidance, fps, negative_prompt, shift, height, width
-    )
+        model, prompt, image, video, actions, frames, seed, steps, guidance, fps, negative_prompt, shift, height, width,
+        view,
+    )  # fmt: skip
     _run_one(pipeline, request, out, guards, upsampler)
 
 
@@ -158,8 +161,8 @@ def _run_batch(
 
 def _refuse_beside_spec(ctx: click.Context, spec: str | None) -> None:
     """What a batch file says of its samples is not said again on the command line."""
-    theirs = ("image", "video", "actions", "prompt", "negative_prompt", "frames", "size", "steps", "guidance", "shift")
-    for name in (*theirs, "fps", "seed") if spec else ():
+    start = ("image", "video", "view", "actions", "prompt", "negative_prompt")
+    for name in (*start, "frames", "size", "steps", "guidance", "shift", "fps", "seed") if spec else ():
         if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             raise WorldloomError(
                 "beside --spec this option has no sample to go to",

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 _STRIP = 12  # frames of the strip, about
 _FORMAT = 2
 _SHOWN = 16  # frames of a conditioning video that a prompt upsampler sees
-_CONDITIONS = ("image", "video", "actions")
+_CONDITIONS = ("image", "video", "actions", "views")
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,8 @@ class _Work:
         assert isinstance(model, HasProvenance), type(model)
         self.request, self.out, self.guards = request, out, guards
         self.store = store or Store()
-        sources = {key: value for key in _CONDITIONS if (value := getattr(request, key))}
+        sources = {key: value for key in _CONDITIONS if (value := getattr(request, key)) and isinstance(value, str)}
+        sources |= {f"view {number}": path for number, path in enumerate(request.views)}
         digests = {key: _digest_of(value) for key, value in sources.items()}
         self.provenance = {**model.provenance(), "device": _device(model), "versions": _versions()}
         rewrites = dict(upsampler.identity()) if upsampler is not None and request.prompt else None
@@ -361,6 +362,7 @@ def _origins(store: Store, provenance: Mapping[str, Any]) -> list[str]:
 def _key(request: GenerationRequest, digests: Mapping[str, str], provenance: Mapping[str, Any], more: list[Any]) -> str:
     asked = {**dataclasses.asdict(request), **digests}
     asked.pop("model")  # the digest says which, whatever it is called
+    asked.pop("views")  # their digests say it
     decides = dict(provenance)
     for part, facts in provenance.items():
         if part in ("model", "tokenizer") and facts:

@@ -148,6 +148,9 @@ class GenerationRequest:
     """Pixels of the result, for models of several sizes."""
     width: int | None = None
     """Pixels of the result, for models of several sizes."""
+    views: tuple[str, ...] = ()
+    """Path of a conditioning image or video of each camera, for models of several views, in the model's order of
+    cameras. The result shows them beside each other."""
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
+from click.testing import CliRunner
 from torch import Tensor
 
+from worldloom import config as configs
+from worldloom import media
+from worldloom.cli import main
 from worldloom.errors import WorldloomError
-from worldloom_model_zoo.predict.config import PredictCheckpoint, SamplerConfig, tiny
+from worldloom.loading import load_model
+from worldloom.schema import GenerationRequest
+from worldloom.weights import write_weights
+from worldloom_model_zoo.predict.config import PredictCheckpoint, SamplerConfig, TokenizerRef, tiny
 from worldloom_model_zoo.predict.model import PredictTransformer
 from worldloom_model_zoo.predict.pipeline import PredictPipeline
 from worldloom_model_zoo.samplers import flow_levels
@@ -120,3 +130,57 @@ def test_views_that_cannot_be_made_are_refused() -> None:
         world.generate_views(None, 9)
     with pytest.raises(WorldloomError, match="one view only"):
         pipeline(views=0).generate_views(starts(1), 9)
+
+
+def saved(tmp_path: Path, **options: Any) -> str:
+    """The pipeline's checkpoint and tokenizer, in folders."""
+    world = pipeline(**options)
+    folder = tiny_models.tokenizer_folder(tmp_path / "tokenizer")
+    config = replace(world.config, tokenizer=TokenizerRef(str(folder)), sampler=replace(GUIDED, guidance_scale=1.0))
+    (tmp_path / "world").mkdir()
+    write_weights(world.model.state_dict(), tmp_path / "world")
+    configs.save(config, tmp_path / "world" / "config.toml")
+    return str(tmp_path / "world")
+
+
+def test_views_of_a_request_are_shown_beside_each_other(tmp_path: Path) -> None:
+    model, rng = saved(tmp_path), np.random.default_rng(0)
+    files = [str(tmp_path / f"{name}.png") for name in ("front", "left", "right")]
+    for file in files:
+        media.write_image(file, rng.integers(0, 255, (32, 32, 3)).astype(np.uint8))
+    views = [word for file in files for word in ("--view", file)]
+    words = ["generate", model, *views, "--frames", "9", "--guardrails", "off", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, (done.output, done.exception)
+    (sidecar,) = [path for path in (tmp_path / "out").glob("*.json") if path.name != "summary.json"]
+    told = json.loads(sidecar.read_text())
+    assert [entry.rpartition(":")[2] for entry in told["inputs"] if entry.startswith("file:")] == files
+    world = load_model(model)
+    made = world.generate(GenerationRequest(model, views=tuple(files), frames=9))
+    assert made.shape == (1, 3, 9, 32, 96)
+    start = torch.stack([media.to_tensor(media.read_image(file)[None])[0] for file in files])[None]
+    expected = world.generate_views(start, 9, seed=0)
+    for camera in range(3):
+        assert torch.equal(made[..., 32 * camera : 32 * camera + 32], expected[:, camera])
+    assert "found finished" in CliRunner().invoke(main, words).output
+    media.write_image(files[1], rng.integers(0, 255, (32, 32, 3)).astype(np.uint8))
+    assert "found finished" not in CliRunner().invoke(main, words).output  # another picture, under the same name
+
+
+def test_requests_for_views_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    model = saved(tmp_path)
+    picture, film = str(tmp_path / "a.png"), str(tmp_path / "a.mp4")
+    media.write_image(picture, np.zeros((32, 32, 3), np.uint8))
+    media.write_video(film, np.zeros((5, 32, 32, 3), np.uint8), 10.0)
+    world, single = load_model(model), pipeline(views=0)
+    for asked, said in (
+        ({"views": (picture,) * 4}, "knows 3 views"),
+        ({"views": (picture,), "image": picture}, "the views are the start"),
+        ({"views": (picture, film)}, "different lengths"),
+        ({"views": (picture,), "prompt": "a truck"}, "text encoder"),
+        ({"views": (picture,), "frames": 10}, "1 \\+ 4k"),
+    ):
+        with pytest.raises(WorldloomError, match=said):
+            world.complete(GenerationRequest(model, **asked))
+    with pytest.raises(WorldloomError, match="one view only"):
+        single.complete(GenerationRequest(model, views=(picture,)))

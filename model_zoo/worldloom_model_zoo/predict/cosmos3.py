@@ -337,6 +337,10 @@ class Cosmos3Pipeline:
         config = self.config
         if request.shift is not None:
             raise WorldloomError("Cosmos 3 takes its shift from the scheduler of the checkpoint", got=request.shift)
+        if request.views:
+            raise WorldloomError(
+                "Cosmos 3 makes one camera's video here", got=request.views, do="give --image or --video"
+            )
         if request.image and request.video:
             raise WorldloomError("a start is an image or a video, one of them", got=[request.image, request.video])
         if not (request.prompt or request.image or request.video):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from worldloom import media
 from worldloom.errors import WorldloomError
 from worldloom.schema import GenerationRequest
+from worldloom.specs import IMAGES
 from worldloom_model_zoo.predict.config import PredictCheckpoint
 
 
@@ -53,6 +55,40 @@ def read_conditioning(
         if request.frames is not None and known and actions.shape[1] == request.frames - 1 - known:
             actions = torch.cat([actions.new_zeros(1, known, actions.shape[2]), actions], dim=1)
     return start, actions
+
+
+def read_views(request: GenerationRequest, config: PredictCheckpoint, ratio: int) -> Tensor:
+    """The starts of all cameras of a request, ``(1, v, 3, T0, H, W)``; each as `read_conditioning` reads one.
+
+    Raises:
+        WorldloomError: a model of fewer views, text or actions that it does not take, starts of different lengths.
+    """
+    known = config.model.views
+    if len(request.views) > known:
+        raise WorldloomError(
+            f"this model knows {known} views" if known else "this model knows one view only",
+            got=f"{len(request.views)} views",
+            do="give one start for each of its cameras, in order" if known else "give --image or --video",
+        )
+    if request.image or request.video or request.actions:
+        raise WorldloomError(
+            "the views are the start, and take no actions",
+            got=f"image={request.image!r}, video={request.video!r}, actions={request.actions!r}",
+            do="leave --image, --video and --actions out",
+        )
+    starts = []
+    for path in request.views:
+        picture = Path(path).suffix.lower() in IMAGES
+        alone = replace(request, views=(), image=path if picture else None, video=None if picture else path)
+        start, _ = read_conditioning(alone, config, ratio)
+        assert start is not None
+        starts.append(start)
+    lengths = [start.shape[2] for start in starts]
+    if len(set(lengths)) > 1:
+        raise WorldloomError(
+            "the views' starts have different lengths", got=f"{lengths} frames", do="cut the videos to one length"
+        )
+    return torch.stack(starts, dim=1)
 
 
 def _last_frames(path: str, size: tuple[int, int], limit: int, ratio: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from worldloom.schema import CheckpointRef, GenerationRequest
 from worldloom_model_zoo.predict import actions as action_sampling
 from worldloom_model_zoo.predict.caching import TensorCache, default_cache
 from worldloom_model_zoo.predict.config import PredictCheckpoint, SamplerConfig
-from worldloom_model_zoo.predict.inputs import align_actions, read_conditioning
+from worldloom_model_zoo.predict.inputs import align_actions, read_conditioning, read_views
 from worldloom_model_zoo.predict.model import KVCache, PredictTransformer
 from worldloom_model_zoo.predict.sampling import GuidedNetwork, as_context, draw_latents, schedule
 from worldloom_model_zoo.samplers import flow_rolling, pyramid_levels
@@ -76,6 +76,8 @@ class PredictPipeline:
     def generate(self, request: GenerationRequest, progress: Callable[[int, int], None] | None = None) -> Tensor:
         """The video a request describes, conditioning frames included: ``(1, 3, T, H, W)`` in [-1, 1].
 
+        Of several views it shows one beside the other; the prompt is the first camera's text.
+
         ``progress(done, total)`` counts sampler steps; an exception that it raises ends the work. What is encoded is
         kept on disk for the next request (`caching.default_cache`).
 
@@ -84,17 +86,20 @@ class PredictPipeline:
         """
         request, start, actions = self._read(request)
         assert request.frames is not None
-        return self.generate_video(
-            start,
-            actions,
-            request.frames,
-            text=[request.prompt] if request.prompt else None,
-            seed=request.seed,
-            sampler=self._sampler(request),
-            progress=progress,
-            size=self._size(request),
-            cache=default_cache(),
-        )
+        given: dict[str, Any] = {
+            "seed": request.seed,
+            "sampler": self._sampler(request),
+            "progress": progress,
+            "size": self._size(request),
+            "cache": default_cache(),
+        }
+        if not request.views:
+            text = [request.prompt] if request.prompt else None
+            return self.generate_video(start, actions, request.frames, text=text, **given)
+        cameras = range(len(request.views))
+        texts = [[request.prompt, *[""] * (len(cameras) - 1)]] if request.prompt else None
+        made = self.generate_views(start, request.frames, views=cameras, text=texts, **given)
+        return torch.cat(made.unbind(1), dim=-1)  # (1, v, 3, T, H, W) -> (1, 3, T, H, v*W)
 
     def complete(self, request: GenerationRequest) -> GenerationRequest:
         """The request with frames, steps, guidance and rate filled in; raises what `generate` would."""
@@ -132,19 +137,20 @@ class PredictPipeline:
         return self._encoder.encode(texts).to(self.device)
 
     def _read(self, request: GenerationRequest) -> tuple[GenerationRequest, Tensor | None, Tensor | None]:
-        """The completed request, with the start and the actions that it names."""
+        """The completed request, with the start (of several views ``(1, v, 3, T0, H, W)``) and the actions it names."""
         if request.negative_prompt and not self.config.text.name:
             raise WorldloomError("this model takes no text", got=request.negative_prompt, do="leave it out")
         height, width = self._size(request)
-        start, actions = read_conditioning(
-            request, replace(self.config, height=height, width=width), self.frames_per_step
-        )
+        config, sampler = replace(self.config, height=height, width=width), self._sampler(request)
+        if request.views:
+            start, actions = read_views(request, config, self.frames_per_step), None
+        else:
+            start, actions = read_conditioning(request, config, self.frames_per_step)
         frames = request.frames
         if frames is None:
-            given = start.shape[2] if start is not None else 1
+            given = start.shape[-3] if start is not None else 1
             frames = given + 16 if actions is None else actions.shape[1] + 1
-        self._check(start, actions, frames)
-        sampler = self._sampler(request)
+        self._check(start[:, 0] if request.views and start is not None else start, actions, frames)
         fps = self.config.fps if request.fps is None else request.fps
         if fps <= 0:
             raise WorldloomError("the frame rate must be a positive number", got=fps)
