@@ -5,7 +5,7 @@ Letters: b batch, t latent frames, T video frames, r frames in a latent frame, H
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -20,9 +20,10 @@ from worldloom_model_zoo.predict import actions as action_sampling
 from worldloom_model_zoo.predict.caching import TensorCache, default_cache
 from worldloom_model_zoo.predict.config import PredictCheckpoint, SamplerConfig
 from worldloom_model_zoo.predict.inputs import align_actions, read_conditioning, read_views
-from worldloom_model_zoo.predict.model import KVCache, PredictTransformer
+from worldloom_model_zoo.predict.model import PredictTransformer
 from worldloom_model_zoo.predict.sampling import GuidedNetwork, as_context, draw_latents, schedule
-from worldloom_model_zoo.samplers import flow_rolling, pyramid_levels
+from worldloom_model_zoo.predict.stepping import World, draw_noise, noise_source, seeded
+from worldloom_model_zoo.samplers import pyramid_levels
 
 
 class PredictPipeline:
@@ -46,7 +47,7 @@ class PredictPipeline:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.ref = ref
         self.sampler: SamplerConfig = config.sampler
-        self._world: _World | None = None
+        self._world: World | None = None
         self._encoder: Any = None
 
     @property
@@ -330,7 +331,7 @@ class PredictPipeline:
             context = next(self.model.parameters()).new_zeros(len(vectors), c, 0, height // edge, width // edge)
         else:
             raise WorldloomError("a start is needed, or a text", got="neither")
-        t, generators = 1 + (frames - 1) // self.frames_per_step, _generators(len(context), seed)
+        t, generators = 1 + (frames - 1) // self.frames_per_step, seeded(len(context), seed)
         latents = self._denoise_jointly(network, context, None, t, generators, _ticker(progress, sampler.calls))
         latents = latents.unflatten(2, (len(numbers), t)).transpose(1, 2).flatten(0, 1)  # (b*v, c, t, h, w)
         return self._decode_after(flat, latents).unflatten(0, (-1, len(numbers)))
@@ -408,7 +409,7 @@ class PredictPipeline:
             """Actions that lead to latent frames ``first`` to before ``last``; frame i >= 1 has r (i - 1) to r i."""
             return None if actions is None else actions[:, max(first - 1, 0) * ratio : max(last - 1, 0) * ratio]
 
-        world = _World(network, len(context), seed)
+        world = World(network, len(context), seed)
         world.observe(context, led(0, known))
         parts = [context]
         if sampler.rolling_delay:
@@ -443,7 +444,7 @@ class PredictPipeline:
         count = 1 + max(0, -(-(frames - longest) // (longest - overlap)))
         length = min(frames, longest) if count == 1 else longest  # every chunk as long as in training; the end is cut
         tick = _ticker(progress, count * sampler.calls)
-        generators = _generators(len(context), seed)
+        generators = seeded(len(context), seed)
         video = start if start is not None else None
         for index in range(count):
             if index:
@@ -479,7 +480,7 @@ class PredictPipeline:
         (b, c, shown_frames, h, w), sampler = context.shape, network.sampler
         v = 1 if network.views is None else len(network.views)
         known = shown_frames // v
-        noise = _noise(generators, (c, v * (t - known), h, w), context)
+        noise = draw_noise(generators, (c, v * (t - known), h, w), context)
 
         def after(first: Tensor, then: Tensor) -> Tensor:
             """The frames of each view, first the given ones."""
@@ -487,7 +488,7 @@ class PredictPipeline:
             return torch.cat(parts, dim=3).flatten(2, 3)
 
         given = after(context.new_ones(b, 1, v * known, h, w), context.new_zeros(b, 1, v * (t - known), h, w))
-        shown, level = as_context(context, sampler, lambda: _noise(generators, (c, v * known, h, w), context))
+        shown, level = as_context(context, sampler, lambda: draw_noise(generators, (c, v * known, h, w), context))
         network.renew()
 
         def predict(x: Tensor, at: float, step: float | None) -> Tensor:
@@ -497,7 +498,7 @@ class PredictPipeline:
             tick()
             return made.unflatten(2, (v, t))[:, :, :, known:].flatten(2, 3)
 
-        made = draw_latents(predict, noise, sampler, lambda: _noise(generators, tuple(noise.shape[1:]), noise))
+        made = draw_latents(predict, noise, sampler, lambda: draw_noise(generators, tuple(noise.shape[1:]), noise))
         return after(context, made)
 
     def _decode_after(self, start: Tensor | None, latents: Tensor) -> Tensor:
@@ -521,7 +522,7 @@ class PredictPipeline:
         ``text`` says what the world is, one for each row or their vectors, for models that take it.
         """
         self._check_start(video)
-        world = _World(self._network(self.sampler, text), video.shape[0], seed)
+        world = World(self._network(self.sampler, text), video.shape[0], seed)
         context = self.tokenizer.encode(video.to(self.device))
         world.observe(context, None if actions is None else actions.to(self.device))
         self._world = world
@@ -557,7 +558,7 @@ class PredictPipeline:
         self._check_start(video)
         with torch.no_grad():
             latents = self.tokenizer.encode(video.to(self.device))
-        draw = _drawing(len(video), seed, latents)
+        draw = noise_source(len(video), seed, latents)
         return action_sampling.infer_actions(self.model, latents, self.sampler, draw)
 
     def act(self, start: Tensor, prompt: str, horizon: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -576,74 +577,12 @@ class PredictPipeline:
         text = self.encode_text([prompt] * len(start)) if prompt else None
         with torch.no_grad():
             context = self.tokenizer.encode(start.to(self.device))
-            draw, frames = _drawing(len(start), seed, context), horizon // self.frames_per_step
+            draw, frames = noise_source(len(start), seed, context), horizon // self.frames_per_step
             chosen, latents = action_sampling.act(self.model, context, text, frames, self.sampler, draw)
             return chosen, self._decode_after(start.to(self.device), latents)
 
-    def _decode(self, latents: Tensor, world: _World) -> Tensor:
+    def _decode(self, latents: Tensor, world: World) -> Tensor:
         return self.tokenizer.decode_step(latents, world.decoder_state)
-
-
-class _World:
-    """The state of one rollout: what the model has seen, the decoder's state, the noise streams."""
-
-    def __init__(self, network: GuidedNetwork, batch: int, seed: int) -> None:
-        self.network, self.sampler = network, network.sampler
-        self.cache = KVCache()
-        self.decoder_state: dict[Any, Tensor] = {}
-        self.generators = _generators(batch, seed)
-        self.shape: tuple[int, ...] = ()
-        self.newest: tuple[Tensor, Tensor | None] | None = None
-        """The last sampled frame and its actions, taken into the cache when the next one needs it."""
-
-    def observe(self, latents: Tensor, actions: Tensor | None) -> None:
-        """Take clean latent frames ``(b, c, t, h, w)`` and the actions that led to them into the cache."""
-        c, t, h, w = latents.shape[1:]
-        self.shape = (c, 1, h, w)
-        if t:
-            shown, level = as_context(latents, self.sampler, lambda: _noise(self.generators, (c, t, h, w), latents))
-            self.network.commit(shown, level, actions, self.cache)
-
-    def advance(self, actions: Tensor | None, tick: Callable[[], None] = lambda: None) -> Tensor:
-        """Sample the next latent frame ``(b, c, 1, h, w)``; `tick` after each call of the network."""
-        if self.newest is not None:
-            self.observe(*self.newest)
-
-        def predict(x: Tensor, level: float, step: float | None) -> Tensor:
-            made = self.network(x, [level], actions, step=step, cache=self.cache)
-            tick()
-            return made
-
-        self.network.renew()
-        latents = draw_latents(predict, self._draw(), self.sampler, self._draw)
-        self.newest = (latents, actions)
-        return latents
-
-    def roll(
-        self, frames: int, led: Callable[[int, int], Tensor | None], tick: Callable[[], None] = lambda: None
-    ) -> Iterator[Tensor]:
-        """The next ``frames`` latent frames, several of them half done at any time (rolling diffusion).
-
-        Args:
-            led: actions that lead to the frames from the first to before the second, counted from the first new one.
-        """
-        if self.newest is not None:
-            self.observe(*self.newest)
-            self.newest = None
-
-        def velocity(x: Tensor, levels: Tensor, first: int) -> Tensor:
-            made = self.network(x, levels.tolist(), led(first, first + x.shape[2]), cache=self.cache)
-            tick()
-            return made
-
-        levels = schedule(self.sampler)
-        rolled = flow_rolling(velocity, self._draw, levels, min(self.sampler.rolling_delay, len(levels) - 1), frames)
-        for index, latents in enumerate(rolled):
-            self.observe(latents, led(index, index + 1))
-            yield latents
-
-    def _draw(self) -> Tensor:
-        return _noise(self.generators, self.shape, next(self.network.model.parameters()))
 
 
 def _ticker(progress: Callable[[int, int], None] | None, total: int) -> Callable[[], None]:
@@ -657,18 +596,3 @@ def _ticker(progress: Callable[[int, int], None] | None, total: int) -> Callable
             progress(done, total)
 
     return tick
-
-
-def _generators(batch: int, seed: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed + row) for row in range(batch)]
-
-
-def _noise(generators: list[torch.Generator], shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Standard normal ``(b, *shape)``, drawn on the CPU so that a seed means the same on every device."""
-    return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(like)
-
-
-def _drawing(batch: int, seed: int, like: Tensor) -> Callable[[tuple[int, ...]], Tensor]:
-    """A function from a shape to noise ``(b, *shape)``, a stream for each row."""
-    generators = _generators(batch, seed)
-    return lambda shape: _noise(generators, shape, like)
