@@ -100,10 +100,10 @@ def _print_settings() -> None:
 
 def _said(summary: Mapping[str, Any]) -> str:
     """The last words of a run: what came from the cache, what was dropped, where the results are."""
-    lines = []
+    lines, width = [], max(map(len, summary["work"]))
     for stage, work in summary["work"].items():
         copied = f", {work['copied']} copied" if work["copied"] else ""
-        lines.append(f"{stage:<11} {work['cached']} cached, {work['computed']} computed{copied}")
+        lines.append(f"{stage:<{width}}  {work['cached']} cached, {work['computed']} computed{copied}")
     frames = summary["frames"]
     dropped = ", ".join(f"{stage} {count}" for stage, count in summary["dropped"].items() if count)
     lines.append(

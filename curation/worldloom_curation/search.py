@@ -95,7 +95,7 @@ def find_embedder(model: str, what: What) -> Embedder:
 
     if not model:
         model = "efficientnet-lite0" if what == "frames" else "minilm"
-    if Path(model).is_dir():
+    if model not in registry.names("embedders") and Path(model).is_dir():
         embedder = registry.load("embedders", "clip")(model)
     elif model == "clip":
         raise WorldloomError("clip stands for a folder of such a model", do="give --model FOLDER")

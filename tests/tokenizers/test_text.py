@@ -90,6 +90,12 @@ def test_the_fingerprint_of_a_folder_is_that_of_its_bytes(tmp_path: Path) -> Non
     assert load_text_encoder(tmp_path / "c").fingerprint != first
 
 
+def test_a_folder_of_an_encoders_name_does_not_take_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "minilm").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_text_encoder("minilm").name == "minilm"
+
+
 def test_folders_without_such_an_encoder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(WorldloomError, match="no text encoder of transformers"):
         load_text_encoder(tmp_path)

@@ -114,7 +114,7 @@ def load_text_encoder(name: str | Path = "minilm", tokens: int = 24, device: str
     Raises:
         WorldloomError: an unknown name, a folder without such a model, or its packages are not installed.
     """
-    if Path(name).is_dir():
+    if name not in TEXT_ENCODERS and Path(name).is_dir():
         return _load_folder(Path(name).resolve(), tokens).to(device)
     if name not in TEXT_ENCODERS:
         raise WorldloomError(
