@@ -348,13 +348,13 @@ def _add(
     """Let the stages that add to clips look at those they have not, source by source; what fails joins `failures`."""
     stages = adding(this.stages)
     jobs: dict[str, tuple[Source, list[tuple[Span, Clip, str, bool]], Plan]] = {}
-    asked: set[str] = set()
+    asked: set[tuple[str, str]] = set()
     for span in spans:
         size, copied = sizes[span.source.name], is_copied(span, frames[span.source.name])
-        if span.id in asked or (span.source.key, span.start, span.end) in failures:
-            continue
-        asked.add(span.id)
         stored = stored_key(span, size, this.config, copied)
+        if (stored, span.caption) in asked or (span.source.key, span.start, span.end) in failures:
+            continue
+        asked.add((stored, span.caption))
         missing = [load_added(this.cache, stage, span, stored) is None for stage in stages]
         for stage, absent in zip(stages, missing, strict=True):
             this.work[stage.name].add(not absent)

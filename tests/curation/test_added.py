@@ -218,3 +218,28 @@ def test_the_actions_of_an_episode_are_cut_to_its_windows(tmp_path: Path) -> Non
     for window, start in zip(windows, (0, 9), strict=True):
         np.testing.assert_array_equal(window.arrays["actions"], actions[start : start + 8])
     assert [sample.clip.frames for sample in open_dataset(tmp_path / "out")] == [21]
+
+
+def test_where_one_of_two_equal_episodes_fails_the_other_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their pictures, and so the ids of their clips, are the same; their actions differ."""
+    for number, name in enumerate(("a", "b")):
+        write(tmp_path / "episodes" / name, scene(3, 20), "h264")
+        np.save(tmp_path / "episodes" / f"{name}.actions.npy", np.full((19, 1), number, np.float32))
+    seen: list[str] = []
+    add = EmbeddingsStage.add
+
+    def fail_first(self, clip, video):
+        seen.append(clip.id)
+        if len(seen) == 1:
+            raise ZeroDivisionError
+        return add(self, clip, video)
+
+    monkeypatch.setattr(EmbeddingsStage, "add", fail_first)
+    summary = run(tmp_path / "episodes", tmp_path / "out", load(overrides=('stages=["split","embeddings"]',)))
+    assert (len(seen), len({*seen})) == (2, 1)
+    assert (summary["clips"], summary["failed"]) == (1, 1)
+    (sample,) = open_dataset(tmp_path / "out")
+    assert sample.arrays["actions"].tolist() == [[1.0]] * 19
+    assert sample.arrays["embedding"].any()
