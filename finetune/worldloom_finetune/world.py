@@ -421,7 +421,9 @@ def _understands(checkpoint: PredictCheckpoint, index: DatasetIndex) -> bool:
 
 @dataclass(frozen=True)
 class Aligned:
-    """Reads samples of a dataset with their actions in the model's order: matched by name where both have names.
+    """Reads samples of a dataset as a model takes them: actions in its order, matched by name where both have names.
+
+    A model without text is given none.
 
     A class, not a closure: loader processes get it by pickle.
     """
@@ -437,6 +439,8 @@ class Aligned:
         if "actions" in sample.arrays and names and wanted and names != wanted:
             given = torch.from_numpy(sample.arrays["actions"])
             sample.arrays["actions"] = align_actions(given, names, wanted, len(wanted)).numpy()
+        if not self.checkpoint.model.context_dim:
+            sample.arrays.pop("text", None)
         return sample
 
 

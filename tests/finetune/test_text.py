@@ -100,3 +100,9 @@ def test_another_text_encoder_is_refused(run: Path) -> None:
     )
     with pytest.raises(WorldloomError, match="another text encoder"):
         pipeline.generate(GenerationRequest("m", prompt="a square", frames=5))
+
+
+def test_a_model_without_text_trains_on_latents_that_have_some(run: Path, tmp_path: Path) -> None:
+    request = train.Request("world", str(run / "latents"), "predict/tiny", str(tmp_path / "run"), quiet=True)
+    train.run(request, train.load_config("world", None, (*SMALL, "trainer.max_steps=2", "ema.decay=0")))
+    assert not load_model(str(tmp_path / "run" / "model")).config.text.name
