@@ -161,7 +161,7 @@ class Ours:
         start = clocks()
 
         def progress(step: str, *_: object) -> None:
-            if step not in ("write", "pack"):
+            if step not in ("write", "add", "pack"):
                 self.decided = since(start)
 
         return run(self.folder, out, config(), progress=progress)["clips"]
