@@ -21,14 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from worldloom.decoding import Limits, rotation_of, to_rgb
+from worldloom.decoding import rotation_of, to_rgb
 from worldloom.errors import missing_extra
-from worldloom.media import fit, iter_decoded
+from worldloom.media import fit
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from worldloom.media import Source
 
 _PLANAR = {"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"}
 """Formats of which the planes are shrunk before colours are made; the others become RGB first."""
@@ -223,14 +222,14 @@ def one_thread() -> Iterator[None]:
         cv2.setNumThreads(before)
 
 
-def frames(source: Source, start: int, end: int | None, limits: Limits) -> Iterator[Frame]:
-    """Frames ``[start, end)`` of a video in presentation order, as `worldloom.media.iter_frames` counts them.
+def frames(decoded: Iterator[Any]) -> Iterator[Frame]:
+    """Frames of a video, of what PyAV decodes of it, in presentation order.
 
     Raises:
-        WorldloomError: as `worldloom.media.iter_frames`.
+        WorldloomError: what the decoding raises (`worldloom.media.iter_decoded`).
     """
     shape = None
-    for picture in iter_decoded(source, start, end, limits=limits):
+    for picture in decoded:
         frame = Frame.decoded(picture)
         # A stream may change its size on the way; the first frame's size is the video's.
         shape = shape or (frame.height, frame.width)

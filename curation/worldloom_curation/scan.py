@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,12 @@ def face_blur() -> str:
 
 def scan_source(source: Source, job: Plan) -> Scan:
     """Probe a source, then decode it once for all the stages that have not measured it yet."""
+    with contextlib.ExitStack() as opened:
+        return _scan(source, job, opened)
+
+
+def _scan(source: Source, job: Plan, opened: contextlib.ExitStack) -> Scan:
+    from worldloom import media
 
     config, stages = prepare(job.config)
     cache = Cache(job.cache)
@@ -108,10 +115,11 @@ def scan_source(source: Source, job: Plan) -> Scan:
     video: str | bytes = b""  # read when it is first needed
     header: probe.Header
     known = cache.load("probe", probe_key)
+    decoded: Iterator[Any] | None = None
     if known is None:
         try:
             video = _video(source)
-            header = probe.probe(video, config.probe)
+            header, decoded = probe.probe(video, config.probe, opened)
         except MissingPackage:
             raise
         except Exception as error:
@@ -133,7 +141,9 @@ def scan_source(source: Source, job: Plan) -> Scan:
         try:
             first, last = source.window or (0, None)
             with pictures.one_thread():
-                for frame in pictures.frames(video or _video(source), first, last, limits):
+                if decoded is None or source.window:
+                    decoded = media.iter_decoded(video or _video(source), first, last, limits=limits)
+                for frame in pictures.frames(decoded):
                     watch.add(frame)
                     frames += 1
         except MissingPackage:

@@ -10,8 +10,10 @@ not deterministic.
 from __future__ import annotations
 
 import io
+import itertools
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,24 +71,35 @@ def probe(source: Source, limits: Limits = DEFAULT_LIMITS, *, count: bool = Fals
         WorldloomError: no such file, not a video, no decodable frame, or over a limit.
     """
     with Reader(source, limits) as reader:
-        first = next(reader.frames(), None)
-        if first is None:
-            raise reader.no_frame()
-        stream, width, height, rotation = reader.stream, first.width, first.height, rotation_of(first)
-        fps, duration = reader.fps(), reader.duration()
-        frames, exact = int(stream.frames or round(duration * fps)) or 1, False
-        if rotation in (90, 270):
-            width, height = height, width
-        codec, pix_fmt = stream.codec_context.name, str(stream.codec_context.pix_fmt or first.format.name)
-        has_audio, container = bool(reader.container.streams.audio), str(reader.container.format.name)
-    if count:
-        with Reader(source, limits) as reader:
-            frames, exact = sum(1 for _ in reader.frames()), True
+        info, frames = describe(reader)
+        if not count:
+            return info
+        counted = sum(1 for _ in frames)
+        seconds = info.duration if reader.duration() > 0 else counted / info.fps
+    return replace(info, frames=counted, exact=True, duration=seconds)
+
+
+def describe(reader: Reader) -> tuple[VideoInfo, Iterator[Any]]:
+    """What a source that was just opened is, and all its frames as PyAV decodes them; the first has been decoded.
+
+    Raises:
+        WorldloomError: no frame decodes.
+    """
+    decoded = reader.frames()
+    first = next(decoded, None)
+    if first is None:
+        raise reader.no_frame()
+    stream, width, height, rotation = reader.stream, first.width, first.height, rotation_of(first)
+    fps, duration = reader.fps(), reader.duration()
+    frames = int(stream.frames or round(duration * fps)) or 1
+    if rotation in (90, 270):
+        width, height = height, width
+    codec, pix_fmt = stream.codec_context.name, str(stream.codec_context.pix_fmt or first.format.name)
+    has_audio, container = bool(reader.container.streams.audio), str(reader.container.format.name)
     if duration <= 0:
         duration = frames / fps
-    return VideoInfo(
-        codec, width, height, fps, frames, duration, has_audio, pix_fmt, container, rotation=rotation, exact=exact
-    )
+    info = VideoInfo(codec, width, height, fps, frames, duration, has_audio, pix_fmt, container, rotation=rotation)
+    return info, itertools.chain((first,), decoded)
 
 
 def iter_frames(

@@ -11,13 +11,13 @@ import pytest
 from curation_videos import CODECS, scene, turned, write
 
 from worldloom import media
-from worldloom.media import DEFAULT_LIMITS
 from worldloom_curation import Frame
 from worldloom_curation.pictures import frames, one_thread, opencv
 
 
 def every(video: Path | bytes, start: int = 0, end: int | None = None) -> list[Frame]:
-    return list(frames(video if isinstance(video, bytes) else str(video), start, end, DEFAULT_LIMITS))
+    source = video if isinstance(video, bytes) else str(video)
+    return list(frames(media.iter_decoded(source, start, end)))
 
 
 def difference(one: np.ndarray, two: np.ndarray) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,15 +62,23 @@ class Header:
     """The sentence for the ledger; empty where the video can be read."""
 
 
-def probe(video: str | bytes, config: ProbeConfig) -> Header:
-    """Read the header of a file or of bytes; never raises for what is wrong with the video."""
+def probe(video: str | bytes, config: ProbeConfig, opened: contextlib.ExitStack) -> tuple[Header, Iterator[Any]]:
+    """Read the header of a file or of bytes; never raises for what is wrong with the video.
+
+    Args:
+        opened: keeps the video open, to be closed by the caller.
+
+    Returns:
+        The header, and all frames of the video as PyAV decodes them.
+    """
     from worldloom import media
+    from worldloom.decoding import Reader
 
     try:
-        info = media.probe(video, config.limits())
+        info, frames = media.describe(opened.enter_context(Reader(video, config.limits())))
     except (WorldloomError, OSError) as error:
-        return Header(error=sentence(error, "" if isinstance(video, bytes) else video, "the file"))
-    return Header(info.width, info.height, float(info.fps), info.frames, info.codec, info.container)
+        return Header(error=sentence(error, "" if isinstance(video, bytes) else video, "the file")), iter(())
+    return Header(info.width, info.height, float(info.fps), info.frames, info.codec, info.container), frames
 
 
 def too_small(header: Header, config: ProbeConfig) -> dict[str, Any] | None:
