@@ -161,10 +161,10 @@ def apart(task: str, **options: object) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def peaks(task: str, options: Sequence[dict[str, object]], repeats: int, key: str = "bytes") -> list[list[float]]:
-    """Peak memory in MiB of each of several cases, sorted, from as many processes each, the cases in turn."""
-    found = [[apart(task, **case)[key] / 2**20 for case in options] for _ in range(repeats)]
-    return [sorted(column) for column in zip(*found, strict=True)]
+def peaks(task: str, options: Sequence[dict[str, object]], repeats: int) -> list[dict[str, list[float]]]:
+    """Peak memory in MiB of each of several cases, sorted, from as many processes each, the cases in turn; by kind."""
+    found = [[apart(task, **case) for case in options] for _ in range(repeats)]
+    return [{kind: sorted(run[kind] / 2**20 for run in runs) for kind in runs[0]} for runs in zip(*found, strict=True)]
 
 
 def spread(figures: Sequence[float]) -> str:
@@ -208,7 +208,8 @@ def main() -> None:
                     label = f"{model}-{op}-{count}-{size}"
                     ratios = [f"ratio {label}: {found['ratio']:.2f} (time)"]
                     if not args.quick:
-                        ours, theirs = peaks("memory", [{**case, "side": side} for side in (0, 1)], args.repeats)
+                        sides = peaks("memory", [{**case, "side": side} for side in (0, 1)], args.repeats)
+                        ours, theirs = (side["bytes"] for side in sides)
                         line += f"; peak memory ours {spread(ours)}, theirs {spread(theirs)}"
                         ratio = statistics.median(ours) / statistics.median(theirs)
                         ratios.append(f"ratio {label}-memory: {ratio:.2f} (ours / theirs, lower is better)")
@@ -221,13 +222,14 @@ def main() -> None:
         )
         if not args.quick:
             options = [{"model": model, "size": sizes[-1], "frames": n} for n in (33, 193)]
-            for key, what in (("bytes", "above the weights"), ("process", "of the whole process")):
-                short, long = peaks("length", options, args.repeats, key)
+            lengths = peaks("length", options, args.repeats)
+            for kind, what in (("bytes", "above the weights"), ("process", "of the whole process")):
+                short, long = (length[kind] for length in lengths)
                 ratio = statistics.median(long) / statistics.median(short)
                 print(
                     f"{model} peak memory {what}, encoding a stream of {sizes[-1]}x{sizes[-1]}: 33 frames "
                     f"{spread(short)}, 193 frames {spread(long)}\n"
-                    f"ratio {model}-length-{key}: {ratio:.2f} (193 / 33 frames, lower is better)",
+                    f"ratio {model}-length-{kind}: {ratio:.2f} (193 / 33 frames, lower is better)",
                     flush=True,
                 )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from worldloom.errors import MissingPackage, WorldloomError
@@ -24,6 +24,20 @@ if TYPE_CHECKING:
 
     from worldloom_curation.config import CurateConfig
     from worldloom_curation.stage import Span
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A clip as it is stored, that stages have not yet looked at."""
+
+    span: Span
+    clip: Clip
+    key: str
+    """See `stored_key`."""
+    copied: bool
+    """Whether it is a recorded episode as it is."""
+    missing: tuple[str, ...]
+    """Names of the stages that have not added to it."""
 
 
 def adding(stages: Sequence[Stage]) -> list[Adds]:
@@ -47,40 +61,35 @@ def load_added(cache: Cache, stage: Adds, span: Span, stored: str) -> dict[str, 
     return cache.load_signals(f"added-{stage.name}", added_key(stage, span, stored))
 
 
-def add_to_clips(source: Source, clips: Sequence[tuple[Span, Clip, str, bool]], job: Plan) -> Mapping[str, Failure]:
-    """Let every stage that adds something look at clips of one source; returns why, by clip id, for those it cannot.
-
-    Args:
-        clips: span, clip, key as it is stored (`stored_key`), and whether it is an episode as it is.
-    """
-    _, stages = prepare(job.config)
-    cache = Cache(job.cache)
+def add_to_clips(source: Source, clips: Sequence[Stored], job: Plan) -> Mapping[str, Failure]:
+    """Let the stages look at clips of one source that they have not; returns why, by clip id, for those they cannot."""
+    cache, stages = Cache(job.cache), adding(prepare(job.config)[1])
     failed: dict[str, Failure] = {}
     with _one_thread():
-        for span, clip, stored, copied in clips:
+        for stored in clips:
             try:
-                video = _stored(source, cache, stored, copied)
+                video = _video(source, cache, stored)
             except OSError as error:
-                failed[clip.id] = failure(error, source, expected=True)
+                failed[stored.clip.id] = failure(error, source, expected=True)
                 continue
-            for stage in adding(stages):
-                if load_added(cache, stage, span, stored) is not None:
+            for stage in stages:
+                if stage.name not in stored.missing:
                     continue
                 try:
-                    made = stage.add(clip, video)
+                    made = stage.add(stored.clip, video)
                 except MissingPackage:
                     raise
                 except Exception as error:
                     why = failure(error, source, expected=isinstance(error, WorldloomError))
-                    failed[clip.id] = Failure(f"{stage.name}: {why.reason}", why.traceback)
+                    failed[stored.clip.id] = Failure(f"{stage.name}: {why.reason}", why.traceback)
                     break
-                cache.save_signals(f"added-{stage.name}", added_key(stage, span, stored), made)
+                cache.save_signals(f"added-{stage.name}", added_key(stage, stored.span, stored.key), made)
     return failed
 
 
-def _stored(source: Source, cache: Cache, stored: str, copied: bool) -> bytes:
-    if not copied:
-        return cache.path("clips", stored, ".mp4").read_bytes()
+def _video(source: Source, cache: Cache, stored: Stored) -> bytes:
+    if not stored.copied:
+        return cache.path("clips", stored.key, ".mp4").read_bytes()
     video = load_episode(source).video
     assert video is not None, "open_dataset checked that the dataset holds clips"
     return video

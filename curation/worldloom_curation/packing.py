@@ -131,8 +131,7 @@ def _sample(
             derived[stage.name] = made
         else:
             arrays |= made
-    action_dim = int(arrays["actions"].shape[1]) if "actions" in arrays else 0
-    sample = ShardSample(clip_of(this, span, size, action_dim), video, arrays)
+    sample = ShardSample(clip_of(this, span, size), video, arrays)
     return sample, {
         stage.name: list(stage.derive(sample, derived[stage.name]))
         for stage in this.stages
@@ -140,7 +139,7 @@ def _sample(
     }
 
 
-def clip_of(this: Run, span: Span, size: tuple[int, int], action_dim: int) -> Clip:
+def clip_of(this: Run, span: Span, size: tuple[int, int]) -> Clip:
     """What a sample says it is."""
     facts = {name: value for name, value in span.source.facts.items() if name != "caption"}
     start, end = span.source.original(span.start, span.end)
@@ -158,7 +157,7 @@ def clip_of(this: Run, span: Span, size: tuple[int, int], action_dim: int) -> Cl
         width=size[1],
         height=size[0],
         caption=span.caption,
-        action_dim=action_dim,
+        action_dim=0 if span.source.actions is None else span.source.actions.shape[1],
         metadata={**facts, **span.notes},
         step=span.step * (span.source.cut_from or (0, 0, 1))[2],
     )

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from worldloom import config as configs
 from worldloom.artifacts import Store, atomic_write
 from worldloom.errors import WorldloomError
-from worldloom.schema import Clip, Decision
+from worldloom.schema import Decision
 from worldloom.shards import commit_dataset
-from worldloom_curation.additions import add_to_clips, adding, load_added, stored_key
+from worldloom_curation.additions import Stored, add_to_clips, adding, load_added, stored_key
 from worldloom_curation.cache import Cache, key_of
 from worldloom_curation.config import CurateConfig
 from worldloom_curation.derived import check_derived, commit_derived, replace_derived
@@ -347,32 +347,36 @@ def _add(
 ) -> None:
     """Let the stages that add to clips look at those they have not, source by source; what fails joins `failures`."""
     stages = adding(this.stages)
-    jobs: dict[str, tuple[Source, list[tuple[Span, Clip, str, bool]], Plan]] = {}
+    if not stages:
+        return
+    jobs: dict[str, tuple[Source, list[Stored], Plan]] = {}
     asked: set[tuple[str, str]] = set()
     for span in spans:
         size, copied = sizes[span.source.name], is_copied(span, frames[span.source.name])
-        stored = stored_key(span, size, this.config, copied)
-        if (stored, span.caption) in asked or (span.source.key, span.start, span.end) in failures:
+        key = stored_key(span, size, this.config, copied)
+        if (key, span.caption) in asked or (span.source.key, span.start, span.end) in failures:
             continue
-        asked.add((stored, span.caption))
-        missing = [load_added(this.cache, stage, span, stored) is None for stage in stages]
-        for stage, absent in zip(stages, missing, strict=True):
-            this.work[stage.name].add(not absent)
-        if any(missing):
-            clip = clip_of(this, span, size, 0)
-            jobs.setdefault(span.source.key, (span.source, [], this.job))[1].append((span, clip, stored, copied))
+        asked.add((key, span.caption))
+        missing = tuple(stage.name for stage in stages if load_added(this.cache, stage, span, key) is None)
+        for stage in stages:
+            this.work[stage.name].add(stage.name not in missing)
+        if missing:
+            stored = Stored(span, clip_of(this, span, size), key, copied, missing)
+            jobs.setdefault(span.source.key, (span.source, [], this.job))[1].append(stored)
     todo = list(jobs.values())
     died = Failure("the process that looked at it died, for want of memory perhaps")
     errors = executor(this.config.executor, this.config.workers)(
         add_to_clips,
         todo,
         lambda n, i: this.progress("add", n, len(todo), todo[i][0].name),
-        lambda i: {clip.id: died for _, clip, _, _ in todo[i][1]},
+        lambda i: {stored.clip.id: died for stored in todo[i][1]},
     )
-    for (_, clips, _), failed in zip(todo, errors, strict=True):
-        for span, clip, _, _ in clips:
-            if clip.id in failed:
-                failures[span.source.key, span.start, span.end] = failed[clip.id]
+    for (source, clips, _), failed in zip(todo, errors, strict=True):
+        failures.update(
+            ((source.key, stored.span.start, stored.span.end), failed[stored.clip.id])
+            for stored in clips
+            if stored.clip.id in failed
+        )
 
 
 def _commit(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import importlib
 import sys
@@ -157,12 +156,9 @@ class WorldJob:
         ratio, channels, shortest = _facts(dataset)
         base = open_base(request.model, config, dataset, ratio, channels)
         model = build(base)
-        teacher = None
-        if config.objective.kind == "distill":
-            given = config.objective.teacher
-            teacher = base
-            if given:
-                teacher = open_base(given, dataclasses.replace(config, model={}), dataset, ratio, channels)
+        teacher = base if config.objective.kind == "distill" else None
+        if teacher is not None and (given := config.objective.teacher):
+            teacher = open_base(given, dataclasses.replace(config, model={}), dataset, ratio, channels)
             if teacher.checkpoint.action_names != base.checkpoint.action_names:
                 raise WorldloomError(
                     "teacher and student take their actions in different orders",
@@ -494,7 +490,7 @@ def _teacher(base: Base) -> PredictTransformer:
             got=base.name,
             do="train with objective.kind = 'flow' first, and give the result as --model or objective.teacher",
         )
-    return copy.deepcopy(build(base)).eval().requires_grad_(False)
+    return build(base).eval().requires_grad_(False)
 
 
 def _preset(name: str) -> str:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 _STRIP = 12  # frames of the strip, about
 _FORMAT = 2
 _SHOWN = 16  # frames of a conditioning video that a prompt upsampler sees
-_CONDITIONS = ("image", "video", "actions", "views")
+_CONDITIONS = ("image", "video", "actions")
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class _Work:
         assert isinstance(model, HasProvenance), type(model)
         self.request, self.out, self.guards = request, out, guards
         self.store = store or Store()
-        sources = {key: value for key in _CONDITIONS if (value := getattr(request, key)) and isinstance(value, str)}
+        sources = {key: value for key in _CONDITIONS if (value := getattr(request, key))}
         sources |= {f"view {number}": path for number, path in enumerate(request.views)}
         digests = {key: _digest_of(value) for key, value in sources.items()}
         self.provenance = {**model.provenance(), "device": _device(model), "versions": _versions()}
@@ -235,7 +235,7 @@ class _Work:
             kind="sample",
             name=self.names.stem,
             inputs=sidecar["inputs"],
-            config={key: value for key, value in settings.items() if key not in _CONDITIONS},
+            config={key: value for key, value in settings.items() if key not in (*_CONDITIONS, "views")},
             seed=asked.seed,
             metadata={
                 "sidecar": self.names.sidecar,

@@ -201,6 +201,19 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_decoded(
     assert not (tmp_path / "out" / "dataset.json").exists()
 
 
+def test_a_clip_smaller_than_a_latent_pixel_is_quarantined(tmp_path: Path) -> None:
+    """Of two episodes, one is six pixels high: too little for a tokenizer of 8x8, unless a size is named."""
+    for name, height in (("a", 6), ("b", 64)):
+        write(tmp_path / "videos" / name, scene(1, 20, height), "ffv1")
+    settings = ('stages=["split","latents"]', "latents.frames=17", "probe.min_side=2", "write.short_side=0")
+    summary = run(tmp_path / "videos", tmp_path / "out", load(overrides=settings))
+    assert (summary["clips"], summary["failed"]) == (1, 1)
+    [row] = [row for row in load_ledger(tmp_path / "out") if row.failed]
+    assert "too small for the tokenizer" in row.reason
+    summary = run(tmp_path / "videos", tmp_path / "out", load(overrides=(*settings, "latents.size=[32,32]")))
+    assert (summary["clips"], summary["failed"]) == (2, 0)
+
+
 def test_the_fingerprint_of_a_tokenizer_is_part_of_the_key() -> None:
     configs = [LatentsConfig(tokenizer=name) for name in ("loom-cv-nano", "loom-dv-nano")]
     assert len({LatentsStage(config).config.fingerprint for config in configs}) == 2

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,12 @@ import torch
 from finetune_runs import SMALL
 
 from worldloom import WorldloomError
+from worldloom import config as configs
 from worldloom.artifacts import file_digest
 from worldloom.weights import read_weights
 from worldloom_finetune import train
 from worldloom_model_zoo import load_model
+from worldloom_model_zoo.predict.config import PredictCheckpoint
 
 QUICK = (
     *SMALL,
@@ -57,6 +61,18 @@ def test_a_student_is_distilled_on_by_a_teacher_that_is_not_its_base(
     assert any(not torch.equal(value, by_itself[name]) for name, value in taught.items())
     digests = json.loads((tmp_path / "taught" / "summary.json").read_text())["digests"]
     assert digests["teacher"] == file_digest(base_folder / "model.safetensors") != digests["base"]
+
+
+def test_a_teacher_with_its_actions_in_another_order_is_refused(
+    tmp_path: Path, latents: Path, base_folder: Path
+) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(base_folder, teacher)
+    config = configs.load(PredictCheckpoint, base_folder / "config.toml")
+    names = tuple(reversed(config.action_names)) or ("left", "right")
+    configs.save(dataclasses.replace(config, action_names=names), teacher / "config.toml")
+    with pytest.raises(WorldloomError, match="different orders"):
+        finetuned(tmp_path / "run", latents, base_folder, "objective.kind=distill", f"objective.teacher={teacher}")
 
 
 def test_distillation_from_no_teacher_is_refused(

@@ -159,10 +159,6 @@ class WindowEncoder:
                     arrays[key] = sample.arrays[key][start : start + self.frames - 1]
             yield shards.ShardSample(window_of(clip, start, self.frames, self._size_of(clip)), None, arrays)
 
-    def left_out(self, clip: Clip) -> int:
-        """Frames of a clip that are in no window."""
-        return clip.frames - _covered(list(windows(clip.frames, self.frames, self.stride)), self.frames)
-
     def _size_of(self, clip: Clip) -> tuple[int, int]:
         if self._size is not None:
             return self._size
@@ -252,9 +248,10 @@ def encode_dataset(
                 sample.clip = replace(sample.clip, action_dim=0)
             for window in encoder.samples(sample, made):
                 writer.write(window)
-            counts["windows"] += len(made["starts"])
-            counts["clips" if len(made["starts"]) else "short"] += 1
-            counts["left_out"] += encoder.left_out(sample.clip)
+            starts = made["starts"].tolist()
+            counts["windows"] += len(starts)
+            counts["clips" if starts else "short"] += 1
+            counts["left_out"] += sample.clip.frames - _covered(starts, frames)
             if progress is not None:
                 progress(done_clips, total)
         if not counts["windows"]:

@@ -114,17 +114,17 @@ def load_text_encoder(name: str | Path = "minilm", tokens: int = 24, device: str
     Raises:
         WorldloomError: an unknown name, a folder without such a model, or its packages are not installed.
     """
-    if name not in TEXT_ENCODERS and Path(name).is_dir():
+    if name in TEXT_ENCODERS:
+        if tokens < 3:
+            raise WorldloomError("a text has at least one token between its begin and end", got=f"tokens = {tokens}")
+        return _load(str(name), tokens).to(device)
+    if Path(name).is_dir():
         return _load_folder(Path(name).resolve(), tokens).to(device)
-    if name not in TEXT_ENCODERS:
-        raise WorldloomError(
-            "there is no text encoder of that name",
-            got=str(name),
-            do=f"use {' or '.join(TEXT_ENCODERS)}, or give a folder with T5 or Cosmos-Reason1",
-        )
-    if tokens < 3:
-        raise WorldloomError("a text has at least one token between its begin and end", got=f"tokens = {tokens}")
-    return _load(str(name), tokens).to(device)
+    raise WorldloomError(
+        "there is no text encoder of that name",
+        got=str(name),
+        do=f"use {' or '.join(TEXT_ENCODERS)}, or give a folder with T5 or Cosmos-Reason1",
+    )
 
 
 def _load_folder(folder: Path, tokens: int) -> TextEncoder:
