@@ -233,8 +233,9 @@ def video2world(
 @torch.no_grad()
 def rollout(context: int, steps: int, pairs: int) -> dict[str, float]:
     """A latent frame at a context of ``context`` latent frames: denoised and committed, against all recomputed."""
+    from worldloom_model_zoo.predict.causal import KVCache
     from worldloom_model_zoo.predict.config import nano
-    from worldloom_model_zoo.predict.model import KVCache, PredictTransformer
+    from worldloom_model_zoo.predict.model import PredictTransformer
     from worldloom_model_zoo.samplers import flow_euler, flow_levels
 
     torch.manual_seed(0)

@@ -18,8 +18,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from worldloom_model_zoo.predict.causal import KVCache
 from worldloom_model_zoo.predict.config import nano
-from worldloom_model_zoo.predict.model import KVCache, PredictTransformer
+from worldloom_model_zoo.predict.model import PredictTransformer
 from worldloom_model_zoo.samplers import flow_euler, flow_levels
 
 

@@ -94,6 +94,9 @@ class TrainerConfig:
     """DeepSpeed's ZeRO stage (only with strategy deepspeed)."""
     threads: int = 0
     """torch threads per process on CPU; 0 shares the cores out."""
+    compile: bool = False
+    """Compile the network's blocks (torch.compile): about a minute at the start, then faster steps; for GPUs, and for
+    data of one shape."""
     compile_comm: bool = False
     """On CPU: let DeepSpeed compile its shared-memory collectives (40 s at the first start, needs g++ and ninja)."""
     val_every: int = 100

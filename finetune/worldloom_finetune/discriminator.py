@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from worldloom_finetune.noise import normal
 from worldloom_tokenizers.layers import conv3d
 
 
@@ -96,7 +97,7 @@ def discriminator_loss(
     b, sigma = len(real), 0.1
     videos = [real, made.detach()]
     if penalty:
-        videos.append(real + sigma * torch.randn(real.shape, generator=generator).to(real))
+        videos.append(real + sigma * normal(real.shape, real, generator))
     scores = discriminator(torch.cat(videos))
     loss = F.relu(1 - scores[:b]).mean() + F.relu(1 + scores[b : 2 * b]).mean()
     if penalty:

@@ -77,14 +77,15 @@ def teacher_path(
         drawn: levels of noisy frames are among those that `worldloom_finetune.objectives.step_levels` gives.
     """
     x, level = flow_interpolate(batch.latents, drawn.noise, drawn.level), drawn.level
+    past = {} if drawn.past is None else replace(drawn.past, latents=batch.latents).inputs
     even = level / (config.shift - (config.shift - 1) * level)  # the level before its shift
     stride = (drawn.weight > 0) / (config.steps * config.teacher_substeps)
     for step in range(1, config.teacher_substeps + 1):
         following = shift_noise_level((even - step * stride).clamp_min(0), config.shift)
         following = torch.where(drawn.weight > 0, following, drawn.level)
-        velocity = teacher(x, level, batch.actions, batch.text, **drawn.masks)
+        velocity = teacher(x, level, batch.actions, batch.text, **drawn.masks, **past)
         if config.teacher_guidance != 1:
-            velocity = guide(velocity, teacher(x, level, None, None), config.teacher_guidance)
+            velocity = guide(velocity, teacher(x, level, None, None, **past), config.teacher_guidance)
         x = x + (following - level)[:, None, :, None, None].to(x) * velocity
         level = following
     return x, level
@@ -112,7 +113,7 @@ def distillation_loss(
     end, end_level = teacher_path(teacher, batch, drawn, config)
     start = flow_interpolate(batch.latents, drawn.noise, drawn.level)
     change = torch.where(drawn.weight > 0, end_level - drawn.level, -1)[:, None, :, None, None].to(start)
-    made = model(drawn.noisy, drawn.level, batch.actions, batch.text, **drawn.masks)
+    made = model(drawn.noisy, drawn.level, batch.actions, batch.text, **drawn.inputs)
     loss, metrics = frame_loss(made, (end - start) / change, drawn, weights)
     return finite(loss), metrics
 

@@ -246,7 +246,8 @@ class Recorder(lightning.Callback):
             model, was = self.module.model, self.module.model.training
             model.eval()
             state = torch.get_rng_state()
-            with self.ema.applied() if self.ema is not None else nullcontext(), torch.no_grad():
+            averaged = self.ema.applied() if self.ema is not None else nullcontext()
+            with averaged, torch.no_grad(), torch.compiler.set_stance("force_eager"):  # it meets many shapes once
                 picture = self.module.job.sample()
             torch.set_rng_state(state)
             model.train(was)

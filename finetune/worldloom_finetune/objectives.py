@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from worldloom.errors import WorldloomError
 from worldloom.schema import LatentBatch
+from worldloom_finetune.noise import normal
 from worldloom_finetune.self_forcing import roll_out
 from worldloom_model_zoo.samplers import flow_interpolate, flow_levels, shift_noise_level
 
@@ -31,9 +32,11 @@ class ObjectiveConfig:
     """``flow``: the velocity of rectified flow. ``edm``: the denoiser of Karras et al. 2022. ``distill``: a frozen
     teacher, of whose many sampler steps the model learns to make few. ``shortcut``: flow, and
     steps of every size that agree with two of half the size (Frans et al. 2024); for models with ``step_size``."""
-    context: Literal["prefix", "independent", "mixed"] = "mixed"
-    """``prefix``: a random number of first frames is nearly clean, the rest noisy (what sampling meets).
-    ``independent``: every frame has its own level (diffusion forcing, Chen et al. 2024). ``mixed``: half of each."""
+    context: Literal["prefix", "independent", "mixed", "teacher_forcing"] = "mixed"
+    """``prefix``: a random number of first frames is nearly clean, the rest noisy.
+    ``independent``: every frame has its own level (diffusion forcing, Chen et al. 2024). ``mixed``: half of each.
+    ``teacher_forcing``: every frame but the first is noisy and sees all frames before it nearly clean, which is what
+    sampling frame by frame meets; a step costs twice as much and trains all frames. For causal models."""
     shared_level: bool = False
     """Noisy frames of a sample share one level, as where all frames are sampled at once (full attention)."""
     context_noise: float = 0.1
@@ -93,11 +96,31 @@ class ObjectiveConfig:
             raise WorldloomError("objective.modes are three weights, not all zero", got=self.modes)
         if self.kind == "shortcut" and self.steps & (self.steps - 1):
             raise WorldloomError("objective.steps of a shortcut model is a power of two", got=self.steps, do="use 32")
+        if self.context == "teacher_forcing" and (self.kind in ("edm", "shortcut") or self.action_weight):
+            raise WorldloomError(
+                "objective.context = 'teacher_forcing' goes with the kinds flow and distill, without action_weight",
+                got=f"kind {self.kind}, action_weight {self.action_weight}",
+                do="use context = 'mixed'",
+            )
         if self.kind in ("edm", "shortcut") and (self.rollout_share or self.action_weight):
             raise WorldloomError(
                 f"objective.kind = {self.kind!r} has neither rollouts nor actions of its own",
                 do="set rollout_share and action_weight to 0",
             )
+
+
+@dataclass(frozen=True)
+class Past:
+    """What each frame sees before it under teacher forcing; tensors are ``(b, c, t, h, w)`` and ``(b, t)``."""
+
+    latents: Tensor
+    noise: Tensor
+    level: Tensor
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """As the model takes it."""
+        return {"context": flow_interpolate(self.latents, self.noise, self.level), "context_timestep": self.level}
 
 
 @dataclass(frozen=True)
@@ -116,6 +139,8 @@ class Drawn:
     """``(b,)`` False where a sample gets the null action."""
     keep_text: Tensor | None
     """``(b,)`` False where a sample gets the null text; None without text."""
+    past: Past | None = None
+    """Under teacher forcing; then all of ``latents`` is the truth."""
 
     @property
     def noisy(self) -> Tensor:
@@ -127,20 +152,27 @@ class Drawn:
         """The dropped actions and texts, as the model takes them."""
         return {"action_mask": self.keep_action, "text_mask": self.keep_text}
 
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """All that the model takes by name."""
+        return self.masks | ({} if self.past is None else self.past.inputs)
+
 
 def noise_levels(
     b: int, t: int, config: ObjectiveConfig, generator: torch.Generator, prefix: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Noise level of each frame ``(b, t)`` and its loss weight ``(b, t)``: 0 on a clean prefix, else 1.
 
-    ``prefix (b, 1)`` gives the number of context frames, where it is not to be drawn.
+    ``prefix (b, 1)`` gives the number of context frames, where it is not to be drawn. Under teacher forcing it is one.
     """
     logit = torch.randn(b, 1 if config.shared_level else t, generator=generator) * config.logit_std + config.logit_mean
     level = shift_noise_level(torch.sigmoid(logit), config.shift).expand(b, t)
     drawn = torch.randint(1, max(t, 2), (b, 1), generator=generator)  # at least one context frame, one noisy one
+    if config.context == "teacher_forcing":
+        drawn = torch.ones_like(drawn)
     context = torch.rand(b, t, generator=generator) * config.context_noise
     independent = torch.rand(b, 1, generator=generator) < 0.5
-    if prefix is not None or config.context == "prefix":
+    if prefix is not None or config.context in ("prefix", "teacher_forcing"):
         independent = torch.zeros_like(independent)
     elif config.context == "independent":
         independent = torch.ones_like(independent)
@@ -164,21 +196,23 @@ def draw(model: nn.Module, batch: LatentBatch, config: ObjectiveConfig, generato
     b, _, t = latents.shape[:3]
     levels = step_levels if config.kind == "distill" else noise_levels
     level, weight = levels(b, t, config, generator)
-    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    noise = normal(latents.shape, latents, generator)
     keep_action = torch.rand(b, generator=generator) >= config.action_dropout
     keep_text = None
     if batch.text is not None:
         keep_text = (torch.rand(b, generator=generator) >= config.text_dropout).to(latents.device)
     level, weight, keep_action = (x.to(latents.device) for x in (level, weight, keep_action))
-    drawn = Drawn(latents, level, weight, noise, keep_action, keep_text)
+    past = None
+    if config.context == "teacher_forcing":
+        context_level = (torch.rand(b, t, generator=generator) * config.context_noise).to(level)
+        past = Past(latents, normal(latents.shape, latents, generator), context_level)
+    drawn = Drawn(latents, level, weight, noise, keep_action, keep_text, past)
 
     frames = min(config.rollout_frames, t - 2)  # one given before them, one to be denoised after them
     if not config.rollout_share or frames < 1:
         return drawn
     rows = max(1, round(config.rollout_share * b))
     start = int(torch.randint(1, t - frames, (1,), generator=generator))
-    prefix = start + torch.randint(1, frames + 1, (rows, 1), generator=generator)
-    changed, changed_weight = levels(rows, t, config, generator, prefix)
     steps = config.steps if config.kind == "distill" else config.rollout_steps
     own = roll_out(
         model,
@@ -192,6 +226,12 @@ def draw(model: nn.Module, batch: LatentBatch, config: ObjectiveConfig, generato
     )
     shown = latents.clone()
     shown[:rows, :, start : start + frames] = own
+    if past is not None:  # true frames are denoised, each after own ones
+        weight = weight.clone()
+        weight[:rows, : start + 1] = weight[:rows, start + frames + 1 :] = 0
+        return replace(drawn, weight=weight, past=replace(past, latents=shown))
+    prefix = start + torch.randint(1, frames + 1, (rows, 1), generator=generator)
+    changed, changed_weight = levels(rows, t, config, generator, prefix)
     target = changed_weight.to(latents.device).bool()[:, None, :, None, None]  # frames to be denoised are true ones
     shown[:rows] = torch.where(target, latents[:rows], shown[:rows])
     level, weight = level.clone(), weight.clone()
@@ -266,7 +306,7 @@ def rectified_flow_loss(
     if config.rollout_share and config.rollout_target == "endpoint":
         return _flow_and_rollout(model, batch, config, generator, weights)
     drawn = draw(model, batch, config, generator)
-    velocity = model(drawn.noisy, drawn.level, batch.actions, batch.text, **drawn.masks)
+    velocity = model(drawn.noisy, drawn.level, batch.actions, batch.text, **drawn.inputs)
     loss, metrics = frame_loss(velocity, drawn.noise - batch.latents, drawn, weights)
     return finite(loss), metrics
 
@@ -400,7 +440,7 @@ def joint_loss(
         raise WorldloomError("objective.action_weight needs data with actions", do="set objective.action_weight = 0")
     drawn, level, weight, mode = joint_levels(draw(model, batch, config, generator), config, generator)
     actions, r = batch.actions, batch.actions.shape[1] // level.shape[1]
-    noise = torch.randn(actions.shape, generator=generator).to(actions)
+    noise = normal(actions.shape, actions, generator)
     each = level.to(actions).repeat_interleave(r, dim=1)[..., None]  # (b, t-1) -> (b, r*(t-1), 1)
     velocity, action_velocity = model(
         drawn.noisy,

@@ -17,6 +17,7 @@ from worldloom_finetune import data
 from worldloom_finetune.clips import contact_sheet, open_bank, open_windows, psnr, refuse_lora
 from worldloom_finetune.config import FinetuneConfig
 from worldloom_finetune.export import rounded
+from worldloom_finetune.noise import normal
 from worldloom_finetune.reconstruction import FrameLossConfig, finite, frame_loss, perceptual_distance
 from worldloom_tokenizers.checkpoint import load_tokenizer
 from worldloom_tokenizers.codec import VideoCodec
@@ -109,7 +110,7 @@ class PreviewJob:
             latents = teacher.encode(batch)
             target = teacher.decode(latents) if objective.target == "teacher" else batch
         if objective.latent_noise:
-            latents = latents + objective.latent_noise * torch.randn(latents.shape, generator=generator).to(latents)
+            latents = latents + objective.latent_noise * normal(latents.shape, latents, generator)
         loss, metrics = frame_loss(self.model(latents), target, objective, self._perceptual)
         return finite(loss), metrics
 

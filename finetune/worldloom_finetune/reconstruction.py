@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from worldloom.errors import WorldloomError
 from worldloom_finetune import discriminator as adversary
+from worldloom_finetune.noise import normal
 from worldloom_tokenizers.codec import VideoCodec
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -156,7 +157,7 @@ def tokenizer_loss(
     raw = model.encode_raw(video) if step is None else model.encode_for_training(video, generator)
     shown = raw
     if config.latent_noise and not model.levels:
-        shown = raw + config.latent_noise * torch.randn(raw.shape, generator=generator).to(raw)
+        shown = raw + config.latent_noise * normal(raw.shape, raw, generator)
     made = model.decode_raw(shown)
     loss, metrics = frame_loss(made, video, config, perceptual)
     metrics["latent_rms"] = float(raw.detach().square().mean().sqrt())

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from worldloom.errors import WorldloomError
 from worldloom.schema import LatentBatch
-from worldloom_model_zoo.predict.model import KVCache
+from worldloom_finetune.noise import normal
+from worldloom_model_zoo.predict.causal import KVCache
 from worldloom_model_zoo.samplers import flow_interpolate
 
 
+@torch.compiler.set_stance("force_eager")  # every frame would be compiled anew, for its cache is longer
 def roll_out(
     model: nn.Module,
     batch: LatentBatch,
@@ -66,7 +68,7 @@ def roll_out(
     @torch.no_grad()
     def observe(x: Tensor, first: int) -> None:
         level = (torch.rand(b, x.shape[2], generator=generator) * context_noise).to(x)
-        noise = torch.randn(x.shape, generator=generator).to(x)
+        noise = normal(x.shape, x, generator)
         taken = led_to(first, first + x.shape[2])
         model(flow_interpolate(x, noise, level), level, taken, batch.text, **masks, cache=cache, commit=True)
 
@@ -76,7 +78,7 @@ def roll_out(
     gradients = gradients and torch.is_grad_enabled()
     for frame in range(start, start + frames):
         taken = led_to(frame, frame + 1)
-        x = torch.randn((b, c, 1, h, w), generator=generator).to(latents)
+        x = normal((b, c, 1, h, w), latents, generator)
         for step, (level, following) in enumerate(itertools.pairwise(points), 2):
             last = gradients and step == len(points)
             if last:

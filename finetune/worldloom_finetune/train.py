@@ -27,7 +27,7 @@ from worldloom_finetune.config import FinetuneConfig, TrainerConfig
 _FREE = {
     "trainer": {
         *("max_steps", "val_every", "checkpoint_every", "sample_every", "keep", "log_every", "threads"),
-        *("devices", "accumulate"),
+        *("devices", "accumulate", "compile"),
     },
     "data": {"num_workers", "memory_gb", "val_batches"},
     "tracking": {"enabled", "uri", "experiment"},
@@ -228,6 +228,10 @@ class _Run:
         cpu = accelerator(settings) == "cpu"
         deepspeed = settings.strategy == "deepspeed"
         job.model.train()
+        if settings.compile:
+            for network in (job.model, getattr(job, "teacher", None)):
+                for block in getattr(network, "blocks", [] if network is None else [network]):
+                    block.compile()
         with contextlib.ExitStack() as stack:
             stack.enter_context(quiet_libraries())
             trainer = lightning.Trainer(

@@ -8,8 +8,9 @@ from worldloom.lazy import exports
 
 if TYPE_CHECKING:
     from worldloom.loading import load_model
+    from worldloom_model_zoo.predict.causal import KVCache
     from worldloom_model_zoo.predict.config import PredictConfig
-    from worldloom_model_zoo.predict.model import KVCache, PredictTransformer
+    from worldloom_model_zoo.predict.model import PredictTransformer
     from worldloom_model_zoo.predict.pipeline import PredictPipeline
 
 __all__ = ["KVCache", "PredictConfig", "PredictPipeline", "PredictTransformer", "load_model"]
@@ -17,7 +18,7 @@ __all__ = ["KVCache", "PredictConfig", "PredictPipeline", "PredictTransformer", 
 __getattr__ = exports(
     __name__,
     {
-        "KVCache": "worldloom_model_zoo.predict.model",
+        "KVCache": "worldloom_model_zoo.predict.causal",
         "PredictConfig": "worldloom_model_zoo.predict.config",
         "PredictPipeline": "worldloom_model_zoo.predict.pipeline",
         "PredictTransformer": "worldloom_model_zoo.predict.model",

@@ -7,8 +7,9 @@ import torch
 
 from worldloom import WorldloomError
 from worldloom_model_zoo.predict import config as presets
+from worldloom_model_zoo.predict.causal import KVCache
 from worldloom_model_zoo.predict.config import PredictConfig, cosmos_predict25_2b, tiny
-from worldloom_model_zoo.predict.model import KVCache, PredictTransformer
+from worldloom_model_zoo.predict.model import PredictTransformer
 
 
 def lively(config: PredictConfig, seed: int = 0) -> PredictTransformer:
@@ -78,6 +79,46 @@ def test_a_frame_sees_its_window_and_the_sink_and_nothing_between() -> None:
         reached.append((difference > 1e-5).tolist())
     expected = [[row == column or column == row + 1 or row == 0 for column in range(6)] for row in range(6)]
     assert reached == expected
+
+
+@pytest.mark.parametrize("previous_frame", [False, True])
+@pytest.mark.parametrize(("window", "sink"), [(0, 0), (1, 0), (3, 0), (2, 1)])
+@torch.no_grad()
+def test_one_call_with_a_context_equals_stepping_along_it(window: int, sink: int, previous_frame: bool) -> None:
+    config = replace(tiny(action_dim=3), window=window, sink=sink, previous_frame=previous_frame)
+    model = lively(config)
+    x, level, actions = inputs(config, t=6)
+    context, nearly = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)), 0.2 * level.flip(1)
+    keep = torch.tensor([False, True])
+    forced = model(x, level, actions, action_mask=keep, context=context, context_timestep=nearly)
+
+    cache, parts = KVCache(), []
+    for frame in range(6):
+        taken = actions[:, 4 * max(frame - 1, 0) : 4 * frame]
+        one = slice(frame, frame + 1)
+        parts.append(model(x[:, :, one], level[:, one], taken, action_mask=keep, cache=cache))
+        model(context[:, :, one], nearly[:, one], taken, action_mask=keep, cache=cache, commit=True)
+    assert (forced - torch.cat(parts, dim=2)).abs().max() < 1e-4
+    if window != 1 or previous_frame:
+        without = model(x, level, actions, action_mask=keep)  # frames see noisy ones
+        assert (forced - without).abs()[:, :, 1:].amax() > 0.01
+
+
+def test_a_context_that_does_not_fit_is_refused() -> None:
+    model = lively(tiny(action_dim=3))
+    x, level, actions = inputs(model.config, t=4)
+    for wrong in (
+        {"context": x[:, :, :3], "context_timestep": level[:, :3]},
+        {"context": x},
+        {"context": x, "context_timestep": level, "cache": KVCache()},
+    ):
+        with pytest.raises(WorldloomError, match="context"):
+            model(x, level, actions, **wrong)
+    with pytest.raises(WorldloomError, match="noise level per frame"):
+        model(x, level[:, 0], actions, context=x, context_timestep=level)
+    full = lively(replace(tiny(action_dim=3), attention="full"))
+    with pytest.raises(WorldloomError, match="causal attention"):
+        full(x, level, actions, context=x, context_timestep=level)
 
 
 @torch.no_grad()

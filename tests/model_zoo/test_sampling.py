@@ -18,8 +18,9 @@ from worldloom import media
 from worldloom.errors import WorldloomError
 from worldloom.schema import GenerationRequest
 from worldloom_model_zoo.predict.caching import TensorCache, content_key, default_cache
+from worldloom_model_zoo.predict.causal import KVCache
 from worldloom_model_zoo.predict.config import PredictCheckpoint, PredictConfig, SamplerConfig, tiny
-from worldloom_model_zoo.predict.model import KVCache, PredictTransformer
+from worldloom_model_zoo.predict.model import PredictTransformer
 from worldloom_model_zoo.predict.pipeline import PredictPipeline
 from worldloom_model_zoo.predict.recipes import recipe
 from worldloom_model_zoo.predict.sampling import GuidedNetwork, as_context, draw_latents, schedule

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from worldloom.errors import WorldloomError
+from worldloom_model_zoo.predict.causal import KVCache
 from worldloom_model_zoo.predict.config import SamplerConfig
-from worldloom_model_zoo.predict.model import KVCache, PredictTransformer
+from worldloom_model_zoo.predict.model import PredictTransformer
 from worldloom_model_zoo.predict.sampling import as_context, schedule
 from worldloom_model_zoo.samplers import guide
 

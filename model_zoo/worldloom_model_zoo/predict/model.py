@@ -16,51 +16,16 @@ Angles and sinusoids are computed in float32, in float64 where the latents are.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from worldloom.errors import WorldloomError
+from worldloom_model_zoo.predict.causal import KVCache, causal_mask, forcing_mask
 from worldloom_model_zoo.predict.config import PredictConfig
 from worldloom_model_zoo.predict.skipping import FirstBlockCache
-
-
-@dataclass
-class KVCache:
-    """Keys and values of the frames already seen, per block ``(b, k, frames*n, e)``. Keys carry their rotation.
-
-    With a window W and a sink S the cache holds at most the S first and the W-1 last frames: what the next may see.
-    """
-
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-    frames: int = 0
-    """Latent frames committed since the start; the next frame has this position."""
-    last: Tensor | None = None
-    """The last committed latent frame ``(b, c, 1, h, w)``."""
-
-    def append(self, x: Tensor, keys: list[Tensor], values: list[Tensor], window: int, sink: int = 0) -> None:
-        """Commit latent frames ``(b, c, t, h, w)`` with their keys and values."""
-        frames = x.shape[2]
-        tokens = keys[0].shape[2] // frames  # of a frame
-        if self.keys:
-            keys = [torch.cat(pair, dim=2) for pair in zip(self.keys, keys, strict=True)]
-            values = [torch.cat(pair, dim=2) for pair in zip(self.values, values, strict=True)]
-        length = keys[0].shape[2]
-        if window and length > (sink + window - 1) * tokens:
-            first, last = sink * tokens, length - (window - 1) * tokens
-            keys = [torch.cat([x[:, :, :first], x[:, :, last:]], dim=2) if sink else x[:, :, last:] for x in keys]
-            values = [torch.cat([x[:, :, :first], x[:, :, last:]], dim=2) if sink else x[:, :, last:] for x in values]
-        self.keys, self.values = keys, values
-        self.frames += frames
-        self.last = x[:, :, -1:]
-
-    def positions(self, count: int, sink: int, device: torch.device) -> Tensor:
-        """``(count,)`` positions of the frames that are held: the sink, then those up to the last committed."""
-        held = torch.arange(self.frames - count, self.frames, device=device)
-        return torch.where(torch.arange(count, device=device) < sink, torch.arange(count, device=device), held)
 
 
 @dataclass(frozen=True)
@@ -122,17 +87,6 @@ def sinusoid(timestep: Tensor, size: int) -> Tensor:
     frequencies = torch.exp(-math.log(10_000.0) * torch.arange(half, device=timestep.device, dtype=dtype) / half)
     angles = timestep.to(dtype)[..., None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-def causal_mask(rows: Tensor, columns: Tensor, tokens: int, window: int, sink: int) -> Tensor:
-    """``(rows*tokens, columns*tokens)`` boolean: may the row's token see the column's?
-
-    ``rows`` and ``columns`` are positions of frames. A frame sees its window and, besides, the first ``sink`` frames
-    of the sequence (attention sinks, Xiao et al. 2024).
-    """
-    row, column = rows.repeat_interleave(tokens)[:, None], columns.repeat_interleave(tokens)[None, :]
-    allowed = row >= column
-    return allowed & ((row - column < window) | (column < sink)) if window else allowed
 
 
 # -- blocks ----------------------------------------------------------------------------------------------------------
@@ -383,6 +337,8 @@ class PredictTransformer(nn.Module):
         fps: float | None = None,
         views: Tensor | None = None,
         skip: FirstBlockCache | None = None,
+        context: Tensor | None = None,
+        context_timestep: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The velocity, noise - clean, of each latent frame; with ``return_actions`` that of the actions too.
 
@@ -409,6 +365,10 @@ class PredictTransformer(nn.Module):
             views: ``(v,)`` or ``(b, v)`` integers, which cameras ``x`` shows one after another along time; None is
                 the first camera alone. For configurations with views.
             skip: leaves out the blocks after the first where it may; not with ``commit``.
+            context: ``(b, c, t, h, w)`` the same frames, nearly clean. Each frame of ``x`` then sees itself and those
+                of the context before it, as if the context were in a cache: teacher forcing, all frames in one call.
+                For causal attention, without a cache, and with a timestep of ``(b, t)``.
+            context_timestep: noise level of each frame of the context ``(b, t)``.
 
         Raises:
             WorldloomError: where a shape does not fit the configuration.
@@ -429,14 +389,20 @@ class PredictTransformer(nn.Module):
         rows, columns = h // config.patch, w // config.patch
         offset = cache.frames if cache is not None else 0
 
-        tokens = self._patchify(x, condition_mask, padding_mask, views, cache)
-        embedding = self._sinusoid(timestep, x)  # (b, t or 1, d)
+        if context is not None:
+            self._check_context(x, timestep, context, context_timestep, cache, step)
+            assert context_timestep is not None
+            timestep = torch.cat([context_timestep, timestep], dim=1)
+        times = count if context is None else 2  # that the same positions are there
+        tokens = self._patchify(x, condition_mask, padding_mask, views, cache, context)  # (b, t or 2t, n, d)
+        embedding = self._sinusoid(timestep, x)  # (b, t or 1 or 2t, d)
         shared = self.time_embedder(embedding)  # (b, t or 1, 3d)
         if self.step_embedder is not None:
             step = torch.zeros_like(timestep) if step is None else step
             shared = shared + self.step_embedder(self._sinusoid(step, x))
         if actions is not None:
-            to_embedding, to_modulation = self._embed_actions(actions, action_timestep, action_mask, condition_mask, t)
+            added = self._embed_actions(actions, action_timestep, action_mask, condition_mask, t)
+            to_embedding, to_modulation = added if context is None else (part.repeat(1, 2, 1) for part in added)
             shared = shared + to_modulation
             if config.action_layout == "frame":
                 embedding = self.time_norm(embedding) + to_embedding
@@ -446,12 +412,17 @@ class PredictTransformer(nn.Module):
             embedding = self.time_norm(embedding)
         embedding = F.silu(embedding)  # as every modulation takes it
 
-        context = text if isinstance(text, ReadText) else self.read_text(text, b, text_mask, views=count)
+        read = text if isinstance(text, ReadText) else self.read_text(text, b, text_mask, views=count)
 
         cos, sin = rotations(config, t // count, rows, columns, offset, x, fps)
-        turn = cos.repeat(count, 1), sin.repeat(count, 1)
-        positions = self.positions(t, rows, columns, offset).to(x.dtype) if self.positions is not None else None
-        mask = self._mask(t, rows * columns, cache, x.device)
+        turn = cos.repeat(times, 1), sin.repeat(times, 1)
+        positions = None
+        if self.positions is not None:
+            positions = self.positions(t, rows, columns, offset).to(x.dtype).repeat(tokens.shape[1] // t, 1, 1)
+        if context is None:
+            mask = self._mask(t, rows * columns, cache, x.device)
+        else:
+            mask = forcing_mask(t, rows * columns, config.window, config.sink, x.device)
         keys, values, entered = [], [], tokens
         for index, block in enumerate(self.blocks):
             if index == 1 and skip is not None and (reused := skip.recall(entered, tokens)) is not None:
@@ -460,7 +431,7 @@ class PredictTransformer(nn.Module):
             past = (cache.keys[index], cache.values[index]) if cache is not None and cache.keys else None
             if positions is not None:
                 tokens = tokens + positions
-            seen = context.of_blocks[index] if context is not None else None
+            seen = read.of_blocks[index] if read is not None else None
             tokens, new_keys, new_values = block(tokens, embedding, shared, turn, seen, mask, past)
             if commit:
                 keys.append(new_keys)
@@ -472,6 +443,8 @@ class PredictTransformer(nn.Module):
             assert cache is not None
             cache.append(x, keys, values, config.window, config.sink)
 
+        if context is not None:
+            tokens, embedding, shared = (part[:, t:] for part in (tokens, embedding, shared))
         shift, scale = self.final_modulation(embedding, shared)
         tokens = self.final_norm(tokens) * (1 + scale) + shift
         velocity = self._unpatchify(self.patch_out(tokens), rows, columns)
@@ -560,15 +533,22 @@ class PredictTransformer(nn.Module):
         padding_mask: Tensor | None,
         views: Tensor | None,
         cache: KVCache | None,
+        context: Tensor | None,
     ) -> Tensor:
-        """``(b, c, t, h, w)``, masks, views -> tokens ``(b, t, n, d)``; a patch is laid out (channel, row, column)."""
+        """``(b, c, t, h, w)``, masks, views -> tokens ``(b, t, n, d)``; a patch is laid out (channel, row, column).
+
+        With a context ``(b, 2t, n, d)``: its frames first.
+        """
+        true, times = (x, 1) if context is None else (context, 2)
+        x = x if context is None else torch.cat([context, x], dim=2)
         b, _, t, h, w = x.shape
         if self.config.previous_frame:
             before = cache.last if cache is not None and cache.last is not None else torch.zeros_like(x[:, :, :1])
-            x = torch.cat([x, torch.cat([before, x[:, :, :-1]], dim=2)], dim=1)
+            previous = torch.cat([before, true[:, :, :-1]], dim=2)
+            x = torch.cat([x, previous.repeat(1, 1, times, 1, 1)], dim=1)
         if self.config.condition_mask:
-            mask = x.new_zeros(b, 1, t, h, w) if condition_mask is None else condition_mask.to(x.dtype)
-            x = torch.cat([x, mask], dim=1)
+            mask = x.new_zeros(b, 1, t // times, h, w) if condition_mask is None else condition_mask.to(x.dtype)
+            x = torch.cat([x, mask.repeat(1, 1, times, 1, 1)], dim=1)
         if self.config.padding_mask:
             mask = x.new_zeros(b, 1, h, w) if padding_mask is None else padding_mask.to(x.dtype)
             if mask.shape[-2:] != (h, w):
@@ -654,6 +634,25 @@ class PredictTransformer(nn.Module):
             )
         if text is not None and text.shape[1] % views:
             raise WorldloomError(f"{views} views need a text each, of one length", got=tuple(text.shape))
+
+    def _check_context(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        context_timestep: Tensor | None,
+        cache: KVCache | None,
+        step: Tensor | None,
+    ) -> None:
+        if self.config.attention != "causal" or cache is not None or step is not None:
+            raise WorldloomError("a context goes with causal attention, without a cache and without a step size")
+        levels = (b, t) = (x.shape[0], x.shape[2])
+        if context.shape != x.shape or tuple(timestep.shape) != levels or context_timestep is None:
+            raise WorldloomError(
+                "the context has the shape of the latents, and both have a noise level per frame",
+                got=f"latents {tuple(x.shape)}, context {tuple(context.shape)}, timestep {tuple(timestep.shape)}",
+                do=f"give timestep and context_timestep ({b}, {t})",
+            )
 
     def _check_action_noise(self, actions: Tensor | None, level: Tensor | None, return_actions: bool) -> None:
         if level is None and not return_actions:

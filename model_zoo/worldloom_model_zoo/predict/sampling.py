@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from worldloom.errors import WorldloomError
+from worldloom_model_zoo.predict.causal import KVCache
 from worldloom_model_zoo.predict.config import SamplerConfig
-from worldloom_model_zoo.predict.model import KVCache, PredictTransformer, ReadText
+from worldloom_model_zoo.predict.model import PredictTransformer, ReadText
 from worldloom_model_zoo.predict.skipping import FirstBlockCache
 from worldloom_model_zoo.samplers import (
     edm_denoiser,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worldloom_model_zoo.predict.model import KVCache
+from worldloom_model_zoo.predict.causal import KVCache
 from worldloom_model_zoo.predict.sampling import GuidedNetwork, as_context, draw_latents, schedule
 from worldloom_model_zoo.samplers import flow_rolling
 
