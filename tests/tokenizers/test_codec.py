@@ -15,6 +15,7 @@ from worldloom_tokenizers import layers
 from worldloom_tokenizers.checkpoint import build
 from worldloom_tokenizers.codec import State, Tiling, VideoCodec
 from worldloom_tokenizers.cosmos import model as cosmos
+from worldloom_tokenizers.cosmos import past
 from worldloom_tokenizers.cosmos.config import cv, dv
 from worldloom_tokenizers.wan.config import WanVAEConfig
 
@@ -235,15 +236,40 @@ def test_cosmos_remembers_each_latent_frame_once(monkeypatch: pytest.MonkeyPatch
     attention = model.encoder.middle.time
     clip, r = video(model, 6, size=(16, 24), batch=2), model.temporal_ratio
     whole = model.encode(clip, chunk=7)
-    monkeypatch.setattr(cosmos, "_BLOCK", block)
+    monkeypatch.setattr(past, "_BLOCK", block)
     monkeypatch.setattr(cosmos, "_PLACES", places)
     state: State = {}
     parts = [model.encode_step(part, state) for part in clip.split([1, 2 * r, r, 3 * r], dim=2)]
     torch.testing.assert_close(torch.cat(parts, dim=2), whole, rtol=0, atol=1e-5)
-    blocks = [held for key, held in state.items() if isinstance(key, tuple) and key[0] is attention]
+    held = {key[1:]: kept for key, kept in state.items() if isinstance(key, tuple) and key[0] is attention}
     frame = 2 * (2 * 3) * 32  # batch, places, channels
-    assert all(held[:, 0].numel() == frame for held in blocks)
-    assert sum(held.shape[1] for held in blocks[:-1]) < 7 <= sum(held.shape[1] for held in blocks)
+    high = [kept for key, kept in held.items() if key[1:] == ("high",)]
+    assert all(kept[:, 0].numel() == frame for kept in high)
+    assert sum(kept.shape[1] for kept in high[:-1]) < 7 <= sum(kept.shape[1] for kept in high)
+    sizes = {kept.shape[:2]: 0 for kept in high}
+    for key, kept in held.items():
+        if len(key) == 2 and kept.ndim:
+            sizes[kept.shape[:2]] += kept.nbytes
+    assert all(size <= len(high) * frames * (3 * frame + 4 * batch) for (batch, frames), size in sizes.items())
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("scale", [0.0, 1e-20, 3.0, 1e20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_attention_remembers_is_as_exact_as_float32(seed: int, scale: float, dtype: torch.dtype) -> None:
+    frames = scale * torch.randn(2, 5, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    frames[:, 1] *= 1e-6  # each frame by its own scale
+    frames = frames.to(dtype)
+    state: State = {}
+    remembered = past.Past(state, "layer")
+    for part in frames.split([2, 3], dim=1):
+        remembered.append(part)
+    assert remembered.frames == 5
+    read = torch.cat(remembered.read(slice(2, 5)), dim=1)
+    assert read.dtype == dtype
+    error = (read.double() - frames[:, :, 2:5].double()).abs().amax(dim=(2, 3))
+    bound = 2.0**-23 if dtype == torch.float32 else 0.0
+    assert (error <= bound * frames.double().abs().amax(dim=(2, 3))).all()
 
 
 @torch.no_grad()

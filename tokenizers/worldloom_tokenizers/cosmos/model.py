@@ -2,7 +2,7 @@
 
 Before the first frame a convolution sees the first frame again. Norms take a whole frame at a time. Attention is within
 each frame, then along time from each place to the frames up to its own; that attention is over the whole past, so a
-stream's state grows by each latent frame, held once: the input that keys and values are made of.
+stream's state grows by each latent frame, held once: the input that keys and values are made of (see `.past`).
 
 Letters: b batch, t frames at the layer, h w size at the layer, c o channels, H W pixels.
 Inside, tensors are ``(b, t, h, w, c)``.
@@ -22,6 +22,7 @@ from worldloom_tokenizers import winograd_frames
 from worldloom_tokenizers.codec import State, VideoCodec
 from worldloom_tokenizers.cosmos import haar
 from worldloom_tokenizers.cosmos.config import CosmosConfig
+from worldloom_tokenizers.cosmos.past import Past
 from worldloom_tokenizers.kept import Kept
 from worldloom_tokenizers.layers import (
     CausalConv,
@@ -37,9 +38,6 @@ from worldloom_tokenizers.layers import (
 
 _PLACES = 1 << 20
 """Values of the past that attention along time brings together at a time."""
-_BLOCK = 1 << 24
-"""Values of a block of remembered frames: so large that a CPU's allocator maps it apart, where it takes memory only as
-it is filled and leaves no holes between what is freed at each chunk."""
 
 
 class FrameNorm(nn.Module):
@@ -144,11 +142,11 @@ class Attention(nn.Module):
         times the key's matrix meets x, and values, whose weights add up to one, are made of the weighted sum of x.
         """
         t, places, c = x.shape[1:]
-        parts = [x] if state is None else [*self._past(state), x]
-        total = sum(part.shape[1] for part in parts)
+        past = Past({} if state is None else state, self)
+        total = past.frames + t
         if total == 1 and not torch.is_grad_enabled():  # all weight is on the only frame
             if state is not None:
-                self._remember(x, state)
+                past.append(x)
             return F.linear(x, self.v.weight.flatten(1), self.v.bias)
         q = F.linear(x, self.q.weight.flatten(1), self.q.bias) * c**-0.5
         constant = F.linear(q, self.k.bias[None])  # (b, t, h*w, 1): softmax takes it away; the bias keeps a gradient
@@ -158,37 +156,13 @@ class Attention(nn.Module):
         made = []
         for start in range(0, places, width):
             place = slice(start, start + width)
-            seen = torch.cat([part[:, :, place] for part in parts], dim=1).transpose(1, 2)  # (b, places, total, c)
+            seen = torch.cat([*past.read(place), x[:, :, place]], dim=1).transpose(1, 2)  # (b, places, total, c)
             scores = q[:, :, place].transpose(1, 2) @ seen.transpose(2, 3) + constant[:, :, place].transpose(1, 2)
             weights = scores.masked_fill(unseen, -torch.inf).softmax(dim=-1)  # (b, places, t, total)
             made.append((weights @ seen).transpose(1, 2))
         if state is not None:
-            self._remember(x, state)
+            past.append(x)
         return F.linear(torch.cat(made, dim=2), self.v.weight.flatten(1), self.v.bias)
-
-    def _past(self, state: State) -> list[Tensor]:
-        """The frames remembered, ``(b, t, h*w, c)`` in consecutive parts."""
-        frames, parts = int(state.get(self, torch.zeros(()))), []
-        while frames:
-            block = state[self, len(parts)]
-            parts.append(block[:, :frames])
-            frames -= parts[-1].shape[1]
-        return parts
-
-    @torch.no_grad()
-    def _remember(self, x: Tensor, state: State) -> None:
-        """Add frames to those remembered, in blocks that are filled as frames come and never copied."""
-        b, t, places, c = x.shape
-        size = max(1, _BLOCK // x[:, 0].numel())
-        frames = int(state.get(self, torch.zeros(())))
-        state[self] = torch.tensor(frames + t)
-        for frame in x.unbind(1):
-            number, place = divmod(frames, size)
-            if not place:
-                with torch.inference_mode(False):  # later steps write to it, whether in inference mode or not
-                    state[self, number] = x.new_empty(b, size, places, c)
-            state[self, number][:, place] = frame
-            frames += 1
 
 
 class Middle(nn.Module):
