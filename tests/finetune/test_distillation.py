@@ -120,6 +120,38 @@ def test_under_guidance_the_student_is_never_shown_the_null_action() -> None:
     assert all(mask.all() for mask in seen)
 
 
+def test_under_teacher_forcing_a_student_sees_its_own_frames_and_its_teacher_the_true_ones() -> None:
+    data, seen = batch(t=7), {}
+
+    class Watched(torch.nn.Module):
+        def __init__(self, name: str, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.name, self.inner, self.config = name, inner, inner.config
+
+        def forward(self, *given, **named):
+            if "context" in named:
+                seen.setdefault(self.name, []).append((named["context"], named["context_timestep"]))
+            return self.inner(*given, **named)
+
+    config = ObjectiveConfig(
+        kind="distill", context="teacher_forcing", context_noise=0.0, steps=2, teacher_substeps=2, teacher_guidance=1.5,
+        rollout_share=0.5, rollout_frames=3,
+    )  # fmt: skip
+    student, teacher = Watched("student", model()), Watched("teacher", model().eval())
+    loss, _ = distillation_loss(student, data, config, torch.Generator().manual_seed(0), None, teacher)
+    assert loss > 0
+    assert len(seen["teacher"]) == 4  # two steps, each with and without actions
+    assert all(torch.equal(context, data.latents) for context, _ in seen["teacher"])
+    ((own, level),) = seen["student"]
+    assert (own != data.latents).any(dim=(1, 3, 4)).sum(dim=1).tolist() == [3, 3, 0, 0]
+    assert not level.any()
+
+    one = dataclasses.replace(config, teacher_substeps=1, teacher_guidance=1.0, rollout_share=0.0)
+    network = model()
+    loss, _ = distillation_loss(network, data, one, torch.Generator().manual_seed(0), None, network)
+    assert loss < 1e-8  # one step of the teacher is what the student makes already
+
+
 def test_distillation_without_a_teacher_says_so() -> None:
     with pytest.raises(WorldloomError, match="needs a trained base"):
         world_loss(model(), batch(), ObjectiveConfig(kind="distill"), torch.Generator())

@@ -157,6 +157,62 @@ def test_without_new_settings_the_loss_is_bit_by_bit_what_it_was() -> None:
     assert torch.equal(got, (error * weight).sum() / weight.sum().clamp_min(1))
 
 
+@pytest.mark.parametrize("levels", [noise_levels, step_levels])
+def test_under_teacher_forcing_every_frame_but_the_first_is_noisy(levels) -> None:
+    level, weight = levels(8, 6, ObjectiveConfig(context="teacher_forcing", context_noise=0.1), torch.Generator())
+    assert weight.tolist() == [[0, 1, 1, 1, 1, 1]] * 8
+    assert (level[:, 0] <= 0.1).all()
+    assert level[:, 1:].unique().numel() > 1
+
+
+class Watched(Oracle):
+    """An oracle that remembers the context it was shown."""
+
+    def forward(self, x, level, actions, text, *, action_mask, text_mask, context=None, context_timestep=None):
+        self.shown = x, level, context, context_timestep
+        return super().forward(x, level, actions, text, action_mask=action_mask, text_mask=text_mask)
+
+
+def test_teacher_forcing_shows_nearly_clean_frames_beside_the_noisy_ones() -> None:
+    data = batch(b=3, t=6)
+    model, config = Watched(data.latents), ObjectiveConfig(context="teacher_forcing", context_noise=0.2)
+    loss, _ = rectified_flow_loss(model, data, config, torch.Generator().manual_seed(0))
+    x, level, context, context_level = model.shown
+    assert loss < 1e-6
+    assert context_level.shape == (3, 6)
+    assert (context_level <= 0.2).all()
+    assert len(context_level.unique()) > 10
+    noise = (context - data.latents) / context_level[:, None, :, None, None] + data.latents
+    assert noise.std() == pytest.approx(1, abs=0.05)
+    other = (x - data.latents) / level[:, None, :, None, None] + data.latents
+    assert abs(float((noise * other).mean())) < 0.1  # noise of its own
+
+
+def test_teacher_forcing_after_frames_of_its_own_denoises_true_ones_at_those_frames_alone() -> None:
+    data = batch(b=4, t=7)
+    model = PredictTransformer(tiny(2))
+    scatter(model, 0)
+    config = ObjectiveConfig(context="teacher_forcing", rollout_share=0.5, rollout_target="context", rollout_frames=3)
+    drawn = draw(model, data, config, torch.Generator().manual_seed(0))
+    assert drawn.past is not None
+    assert torch.equal(drawn.latents, data.latents)
+    own = (drawn.past.latents != data.latents).any(dim=(1, 3, 4))  # which frames of which sample
+    assert own.sum(dim=1).tolist() == [3, 3, 0, 0]
+    after_own = torch.zeros(4, 7)
+    after_own[:2, 1:] = own[:2, :-1].float()
+    after_own[2:, 1:] = 1
+    assert torch.equal(drawn.weight, after_own)
+    loss, _ = rectified_flow_loss(model, data, config, torch.Generator().manual_seed(0))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.blocks[0].parameters())
+
+
+@pytest.mark.parametrize("wrong", [{"kind": "edm"}, {"kind": "shortcut"}, {"action_weight": 1.0}])
+def test_teacher_forcing_goes_with_flow_and_distillation(wrong: dict[str, object]) -> None:
+    with pytest.raises(WorldloomError, match="teacher_forcing"):
+        ObjectiveConfig(context="teacher_forcing", **wrong)
+
+
 def test_texts_are_dropped_at_the_stated_rate() -> None:
     data = dataclasses.replace(batch(b=64), text=torch.zeros(64, 3, 8))
     model, kept = Oracle(data.latents), []

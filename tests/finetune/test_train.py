@@ -54,6 +54,17 @@ def test_a_model_from_scratch_learns_and_loads(tokenizer_folder: Path, tmp_path:
     assert list((tmp_path / "run" / "samples").glob("*.png"))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch warns itself of much while it compiles
+def test_compiled_blocks_learn_the_same(latents: Path, base_folder: Path, tmp_path: Path) -> None:
+    settings = ("trainer.max_steps=3", "objective.context=teacher_forcing", "objective.kind=distill")
+    compiled = {}
+    for name in ("false", "true"):
+        _train(latents, tmp_path / name, *settings, f"trainer.compile={name}", model=base_folder)
+        compiled[name] = [loss for _, loss, _ in curve(tmp_path / name)]
+    assert compiled["true"] == pytest.approx(compiled["false"], rel=1e-4)
+
+
 def test_what_a_run_leaves_can_be_traced(
     latents: Path, base_folder: Path, tmp_path: Path, worldloom_home: Path
 ) -> None:
