@@ -42,7 +42,7 @@ class QuickstartConfig:
     """Simulator frames per action."""
     frames: int = 17
     """Length of a training window in video frames."""
-    steps: int = 400
+    steps: int = 200
     """Fine-tuning steps."""
     batch_size: int = 8
     """Windows per step."""

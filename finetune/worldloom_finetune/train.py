@@ -196,6 +196,7 @@ class _Run:
 
     def _train(self, job: Any, start: int, state: Any, facts: Any, curve: Any) -> float:
         import lightning.pytorch as lightning
+        import torch
         from lightning.pytorch.plugins.environments import LightningEnvironment
 
         from worldloom_finetune import data, strategy
@@ -229,9 +230,9 @@ class _Run:
         deepspeed = settings.strategy == "deepspeed"
         job.model.train()
         if settings.compile:
-            for network in (job.model, getattr(job, "teacher", None)):
-                for block in getattr(network, "blocks", [] if network is None else [network]):
-                    block.compile()
+            networks = [n for n in (job.model, getattr(job, "teacher", None)) if isinstance(n, torch.nn.Module)]
+            for block in [block for network in networks for block in getattr(network, "blocks", [network])]:
+                block.compile()
         with contextlib.ExitStack() as stack:
             stack.enter_context(quiet_libraries())
             trainer = lightning.Trainer(

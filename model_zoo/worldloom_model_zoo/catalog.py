@@ -38,6 +38,6 @@ MODELS = {
         "summary": "Interactive world model of a 3-D maze (ViZDoom), 64x64, stepped by actions.",
         "family": "predict",
         "path": "weights/loom-world-nano",
-        "sha256": "1cc407ad67ac1ce6199f70635202c436193fb5fd49490f9a36a810058619c41e",
+        "sha256": "6789b5c9a45f5df0bbc4bcaf324b8737b4abc84d1404134a1ba9f1de0c7b87be",
     },
 }
