@@ -38,9 +38,7 @@ def check_round_trip(codec: ActionCodec, actions: Tensor) -> None:
     assert (tokens < torch.tensor(codec.sizes)).all()
     again = codec.decode(tokens)
     assert again.dtype == torch.float32
-    rounding = (2.0**-24 * again.abs().double()).clamp_min(
-        2.0**-150
-    )  # least numbers are 2**-149 apart
+    rounding = (2.0**-24 * again.abs().double()).clamp_min(2.0**-150)  # least numbers are 2**-149 apart
     assert ((again.double() - actions.double()).abs() <= codec.error_bound() * (1 + 1e-9) + rounding).all()
     assert torch.equal(codec.encode(again, clip=True), codec.encode(codec.decode(tokens), clip=True))
 
