@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from worldloom.artifacts import atomic_write
 from worldloom_finetune import checkpointing
+from worldloom_finetune.compiling import uncompiled
 from worldloom_finetune.config import FinetuneConfig, OptimConfig
 from worldloom_finetune.data import Items, Packed, noise_seed
 from worldloom_finetune.ema import Ema
@@ -247,7 +248,7 @@ class Recorder(lightning.Callback):
             model.eval()
             state = torch.get_rng_state()
             averaged = self.ema.applied() if self.ema is not None else nullcontext()
-            with averaged, torch.no_grad(), torch.compiler.set_stance("force_eager"):  # it meets many shapes once
+            with averaged, torch.no_grad(), uncompiled():  # it meets many shapes once
                 picture = self.module.job.sample()
             torch.set_rng_state(state)
             model.train(was)

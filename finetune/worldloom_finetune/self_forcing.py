@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from worldloom.errors import WorldloomError
 from worldloom.schema import LatentBatch
+from worldloom_finetune.compiling import uncompiled
 from worldloom_finetune.noise import normal
 from worldloom_model_zoo.predict.causal import KVCache
 from worldloom_model_zoo.samplers import flow_interpolate
 
 
-@torch.compiler.set_stance("force_eager")  # every frame would be compiled anew, for its cache is longer
+@uncompiled()  # every frame would be compiled anew, for its cache is longer
 def roll_out(
     model: nn.Module,
     batch: LatentBatch,

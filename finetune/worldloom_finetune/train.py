@@ -200,6 +200,7 @@ class _Run:
         from lightning.pytorch.plugins.environments import LightningEnvironment
 
         from worldloom_finetune import data, strategy
+        from worldloom_finetune.compiling import compile_blocks
         from worldloom_finetune.ema import Ema
         from worldloom_finetune.export import Tracking
         from worldloom_finetune.lora import trained
@@ -230,9 +231,9 @@ class _Run:
         deepspeed = settings.strategy == "deepspeed"
         job.model.train()
         if settings.compile:
-            networks = [n for n in (job.model, getattr(job, "teacher", None)) if isinstance(n, torch.nn.Module)]
-            for block in [block for network in networks for block in getattr(network, "blocks", [network])]:
-                block.compile()
+            for network in (job.model, getattr(job, "teacher", None)):
+                if isinstance(network, torch.nn.Module):
+                    compile_blocks(network)
         with contextlib.ExitStack() as stack:
             stack.enter_context(quiet_libraries())
             trainer = lightning.Trainer(

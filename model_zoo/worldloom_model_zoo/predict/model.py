@@ -418,7 +418,7 @@ class PredictTransformer(nn.Module):
         turn = cos.repeat(times, 1), sin.repeat(times, 1)
         positions = None
         if self.positions is not None:
-            positions = self.positions(t, rows, columns, offset).to(x.dtype).repeat(tokens.shape[1] // t, 1, 1)
+            positions = self.positions(t, rows, columns, offset).to(x.dtype).repeat(times, 1, 1)
         if context is None:
             mask = self._mask(t, rows * columns, cache, x.device)
         else:
