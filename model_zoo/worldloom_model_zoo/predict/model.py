@@ -645,7 +645,11 @@ class PredictTransformer(nn.Module):
         step: Tensor | None,
     ) -> None:
         if self.config.attention != "causal" or cache is not None or step is not None:
-            raise WorldloomError("a context goes with causal attention, without a cache and without a step size")
+            raise WorldloomError(
+                "a context goes with causal attention, without a cache and without a step size",
+                got=f"attention = {self.config.attention!r}",
+                do="train models with full attention with objective.context = 'prefix' or 'mixed'",
+            )
         levels = (b, t) = (x.shape[0], x.shape[2])
         if context.shape != x.shape or tuple(timestep.shape) != levels or context_timestep is None:
             raise WorldloomError(
