@@ -71,13 +71,17 @@ def teacher_path(
     """Where the teacher arrives by ``teacher_substeps`` Euler steps, and the level ``(b, t)`` there.
 
     Noisy frames go from their level to the next of a ``steps``-step sampler's, all of them together; context frames
-    stay what they are, and are true ones, even where the student is shown its own.
+    stay what they are. They are true ones, even where the student is shown its own, unless ``teacher_context`` says
+    otherwise.
 
     Args:
         drawn: levels of noisy frames are among those that `worldloom_finetune.objectives.step_levels` gives.
     """
-    x, level = flow_interpolate(batch.latents, drawn.noise, drawn.level), drawn.level
-    past = {} if drawn.past is None else replace(drawn.past, latents=batch.latents).inputs
+    if config.teacher_context == "true":
+        past = None if drawn.past is None else replace(drawn.past, latents=batch.latents)
+        drawn = replace(drawn, latents=batch.latents, past=past)
+    x, level = drawn.noisy, drawn.level
+    past = {} if drawn.past is None else drawn.past.inputs
     even = level / (config.shift - (config.shift - 1) * level)  # the level before its shift
     stride = (drawn.weight > 0) / (config.steps * config.teacher_substeps)
     for step in range(1, config.teacher_substeps + 1):
@@ -101,7 +105,7 @@ def distillation_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """Mean squared error of the velocity that leads in one step to where the teacher arrives in ``teacher_substeps``.
 
-    With rollouts the student's context holds frames of its own, the teacher's the true ones.
+    With rollouts the student's context holds frames of its own, the teacher's the true ones or these too.
 
     Raises:
         WorldloomError: if the loss is not finite.

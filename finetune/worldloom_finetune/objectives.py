@@ -69,6 +69,9 @@ class ObjectiveConfig:
     """Latent frames of such a rollout, at most."""
     rollout_steps: int = 2
     """Sampler steps of each of them; ``distill`` takes ``steps``."""
+    rollout_guidance: float = 1.0
+    """Guidance on actions and text of such a rollout, as in use; the rollouts of ``distill`` have none where the
+    teacher's is built in."""
     steps: int = 2
     """``distill``: sampler steps that remain. ``shortcut``: the largest number of steps, a power of two."""
     teacher: str = ""
@@ -78,6 +81,10 @@ class ObjectiveConfig:
     """``distill``: teacher's steps for one of the model's."""
     teacher_guidance: float = 1.0
     """``distill``: the teacher's guidance on actions and text; the model then needs none."""
+    teacher_context: Literal["true", "own"] = "true"
+    """``distill`` with rollouts: whether the teacher sees the true frames before those it denoises, or like the student
+    the student's own. Own ones are for a teacher that was trained on rollouts: after frames that have left the truth,
+    true ones cannot be foreseen, and the mean of them is a blur."""
     bootstrap_share: float = 0.25
     """``shortcut``: share of samples that train steps longer than the shortest."""
     sigma_data: float = 1.0
@@ -223,6 +230,7 @@ def draw(model: nn.Module, batch: LatentBatch, config: ObjectiveConfig, generato
         context_noise=config.context_noise,
         generator=generator,
         masks={name: None if x is None else x[:rows] for name, x in drawn.masks.items()},
+        guidance=1.0 if config.kind == "distill" and config.teacher_guidance != 1 else config.rollout_guidance,
     )
     shown = latents.clone()
     shown[:rows, :, start : start + frames] = own
@@ -349,6 +357,7 @@ def rollout_loss(
         context_noise=config.context_noise,
         generator=generator,
         masks={name: None if x is None else x.to(batch.latents.device) for name, x in masks.items()},
+        guidance=config.rollout_guidance,
         gradients=True,
     )
     squares = ((made - batch.latents[:, :, start : start + frames]) / float(levels[-2])).square()

@@ -22,7 +22,7 @@ from worldloom.schema import LatentBatch
 from worldloom_finetune.compiling import uncompiled
 from worldloom_finetune.noise import normal
 from worldloom_model_zoo.predict.causal import KVCache
-from worldloom_model_zoo.samplers import flow_interpolate
+from worldloom_model_zoo.samplers import flow_interpolate, guide
 
 
 @uncompiled()  # every frame would be compiled anew, for its cache is longer
@@ -36,6 +36,7 @@ def roll_out(
     context_noise: float,
     generator: torch.Generator,
     masks: Mapping[str, Any],
+    guidance: float = 1.0,
     gradients: bool = False,
 ) -> Tensor:
     """Latent frames ``[start, start + frames)`` as the model makes them from those before: ``(b, c, frames, h, w)``.
@@ -47,6 +48,7 @@ def roll_out(
         context_noise: every frame is taken into the cache at a level uniform in [0, this].
         generator: on the CPU.
         masks: ``action_mask`` and ``text_mask`` of the model.
+        guidance: on actions and text, as in use; frames enter the cache with them. Both predictions are one call.
         gradients: let them flow through the last sampler step of each frame.
 
     Raises:
@@ -57,10 +59,21 @@ def roll_out(
         raise WorldloomError(
             "rollouts in training are for causal models", got="attention = 'full'", do="set objective.rollout_share = 0"
         )
-    latents, actions = batch.latents, batch.actions
+    latents, actions, text = batch.latents, batch.actions, batch.text
     b, c, t, h, w = latents.shape
     r = 0 if actions is None else actions.shape[1] // (t - 1)
     cache = KVCache()
+    null = masks
+    if guidance != 1:  # rows b to 2b are the same samples, denoised without actions and text
+        actions, text = (None if given is None else torch.cat([given, given]) for given in (actions, text))
+        masks = {name: torch.cat([mask, mask]) for name, mask in masks.items() if mask is not None}
+        with_them = torch.arange(2 * b, device=latents.device) < b
+        null = {"action_mask": with_them & masks.get("action_mask", with_them)}
+        if text is not None:
+            null["text_mask"] = with_them & masks.get("text_mask", with_them)
+
+    def rows(x: Tensor) -> Tensor:
+        return torch.cat([x, x]) if guidance != 1 else x
 
     def led_to(first: int, last: int) -> Tensor | None:
         """The actions that lead to frames ``[first, last)``; none leads to frame 0."""
@@ -71,7 +84,8 @@ def roll_out(
         level = (torch.rand(b, x.shape[2], generator=generator) * context_noise).to(x)
         noise = normal(x.shape, x, generator)
         taken = led_to(first, first + x.shape[2])
-        model(flow_interpolate(x, noise, level), level, taken, batch.text, **masks, cache=cache, commit=True)
+        seen = rows(flow_interpolate(x, noise, level))
+        model(seen, rows(level), taken, text, **masks, cache=cache, commit=True)
 
     observe(latents[:, :, :start], 0)
     made = []
@@ -85,7 +99,10 @@ def roll_out(
             if last:
                 torch.clear_autocast_cache()  # see below
             with torch.set_grad_enabled(last):
-                velocity = model(x, x.new_full((b, 1), level), taken, batch.text, **masks, cache=cache)
+                both = rows(x)
+                velocity = model(both, x.new_full((len(both), 1), level), taken, text, **null, cache=cache)
+                if guidance != 1:
+                    velocity = guide(*velocity.chunk(2), guidance)
                 x = x + (following - level) * velocity
         made.append(x)
         if frame + 1 < start + frames:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from worldloom import LatentBatch, WorldloomError
 from worldloom_finetune.distillation import distillation_loss, shortcut_loss, teacher_path, world_loss
 from worldloom_finetune.objectives import ObjectiveConfig, draw, rectified_flow_loss
 from worldloom_finetune.self_forcing import roll_out
+from worldloom_model_zoo.predict.causal import KVCache
 from worldloom_model_zoo.predict.config import PredictConfig, tiny
 from worldloom_model_zoo.predict.model import PredictTransformer
 from worldloom_model_zoo.samplers import flow_interpolate, flow_levels
@@ -120,7 +122,8 @@ def test_under_guidance_the_student_is_never_shown_the_null_action() -> None:
     assert all(mask.all() for mask in seen)
 
 
-def test_under_teacher_forcing_a_student_sees_its_own_frames_and_its_teacher_the_true_ones() -> None:
+@pytest.mark.parametrize("context", ["true", "own"])
+def test_under_teacher_forcing_a_teacher_sees_true_frames_or_the_students(context: Literal["true", "own"]) -> None:
     data, seen = batch(t=7), {}
 
     class Watched(torch.nn.Module):
@@ -135,14 +138,15 @@ def test_under_teacher_forcing_a_student_sees_its_own_frames_and_its_teacher_the
 
     config = ObjectiveConfig(
         kind="distill", context="teacher_forcing", context_noise=0.0, steps=2, teacher_substeps=2, teacher_guidance=1.5,
-        rollout_share=0.5, rollout_frames=3,
+        rollout_share=0.5, rollout_frames=3, teacher_context=context,
     )  # fmt: skip
     student, teacher = Watched("student", model()), Watched("teacher", model().eval())
     loss, _ = distillation_loss(student, data, config, torch.Generator().manual_seed(0), None, teacher)
     assert loss > 0
     assert len(seen["teacher"]) == 4  # two steps, each with and without actions
-    assert all(torch.equal(context, data.latents) for context, _ in seen["teacher"])
     ((own, level),) = seen["student"]
+    before = data.latents if context == "true" else own
+    assert all(torch.equal(past, before) for past, _ in seen["teacher"])
     assert (own != data.latents).any(dim=(1, 3, 4)).sum(dim=1).tolist() == [3, 3, 0, 0]
     assert not level.any()
 
@@ -219,10 +223,10 @@ def test_a_step_size_is_new_parameters_that_change_nothing_at_first() -> None:
 # -- rollouts ------------------------------------------------------------------------------------------------------
 
 
-def rolled(network: torch.nn.Module, data: LatentBatch, steps: int = 3, noise: float = 0.0, seed: int = 4):
+def rolled(network: torch.nn.Module, data: LatentBatch, steps: int = 3, noise: float = 0.0, guidance: float = 1.0):
     return roll_out(
-        network, data, start=2, frames=3, levels=flow_levels(steps), context_noise=noise,
-        generator=torch.Generator().manual_seed(seed), masks=MASKS,
+        network, data, start=2, frames=3, levels=flow_levels(steps), context_noise=noise, guidance=guidance,
+        generator=torch.Generator().manual_seed(4), masks=MASKS,
     )  # fmt: skip
 
 
@@ -239,9 +243,10 @@ def test_a_perfect_model_rolls_out_the_truth_at_the_cost_of_its_steps() -> None:
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])
-def test_a_rollout_with_a_cache_equals_one_that_recomputes_everything(noise: float) -> None:
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_a_rollout_with_a_cache_equals_one_that_recomputes_everything(noise: float, guidance: float) -> None:
     network, data, b = model(window=3), batch(t=6), 4
-    got = rolled(network, data, noise=noise)
+    got = rolled(network, data, noise=noise, guidance=guidance)
     g = torch.Generator().manual_seed(4)
 
     def shown(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -255,11 +260,41 @@ def test_a_rollout_with_a_cache_equals_one_that_recomputes_everything(noise: flo
         for level, following in torch.stack([flow_levels(3)[:-1], flow_levels(3)[1:]], dim=1).tolist():
             whole, at = torch.cat([past, x], dim=2), torch.cat([levels, torch.full((b, 1), level)], dim=1)
             with torch.no_grad():
-                x = x + (following - level) * network(whole, at, data.actions[:, : 4 * frame])[:, :, -1:]
+                velocity = network(whole, at, data.actions[:, : 4 * frame])[:, :, -1:]
+                if guidance != 1:  # from what the same past is without the last actions
+                    blind = without_last_actions(network, past, levels, x, level, data.actions[:, : 4 * frame])
+                    velocity = blind + guidance * (velocity - blind)
+                x = x + (following - level) * velocity
         torch.testing.assert_close(got[:, :, frame - 2], x[:, :, 0], atol=1e-4, rtol=0)
         if frame < 4:
             mine, level = shown(x)
             past, levels = torch.cat([past, mine], dim=2), torch.cat([levels, level], dim=1)
+
+
+def without_last_actions(
+    network: PredictTransformer, past: torch.Tensor, levels: torch.Tensor, x: torch.Tensor, level: float,
+    actions: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """The velocity of one more frame under the null action, after a past that came about with actions."""
+    cache = KVCache()
+    network(past, levels, actions[:, :-4], cache=cache, commit=True)
+    return network(x, torch.full((len(x), 1), level), None, cache=cache)
+
+
+def test_a_sample_with_the_null_action_has_nothing_to_be_guided_from() -> None:
+    network, data = model(window=3), batch(t=6)
+    data = LatentBatch(data.latents, data.actions, None)
+    keep = torch.tensor([True, False, True, True])
+    levels, guided = flow_levels(2), {"action_mask": keep}
+    made = {
+        scale: roll_out(
+            network, data, start=2, frames=3, levels=levels, context_noise=0.0, guidance=scale, masks=guided,
+            generator=torch.Generator().manual_seed(4),
+        )
+        for scale in (1.0, 2.0)
+    }  # fmt: skip
+    changed = (made[1.0] - made[2.0]).abs().amax(dim=(1, 2, 3, 4))
+    assert (changed > 1e-3).tolist() == keep.tolist()
 
 
 def test_the_share_of_samples_that_is_rolled_out_has_its_own_frames_in_the_context_only() -> None:
@@ -288,18 +323,20 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return (one == other).flatten(3).all(dim=3).all(dim=1)
 
 
-def test_a_student_is_shown_its_own_frames_and_its_teacher_true_ones() -> None:
+@pytest.mark.parametrize("context", ["true", "own"])
+def test_a_student_is_shown_its_own_frames_and_its_teacher_what_it_is_to_see(context: Literal["true", "own"]) -> None:
     data = batch(t=6)
     config = ObjectiveConfig(
-        kind="distill", context="prefix", context_noise=0.0, rollout_share=1.0, steps=2, teacher_substeps=2
-    )
+        kind="distill", context="prefix", context_noise=0.0, rollout_share=1.0, steps=2, teacher_substeps=2,
+        teacher_context=context,
+    )  # fmt: skip
     student, teacher = Oracle(data.latents, bias=0.4), Oracle(data.latents)
     loss, _ = distillation_loss(student, data, config, torch.Generator().manual_seed(0), None, teacher)
     assert loss.item() == pytest.approx(0.16, rel=1e-3)
-    (seen, level), (true, _) = student.calls[-1], teacher.calls[0]
-    context = level == 0
-    assert _same(true, data.latents)[context].all()
-    own = ~_same(seen, data.latents) & context
+    (seen, level), (known, _) = student.calls[-1], teacher.calls[0]
+    before = level == 0
+    assert _same(known, data.latents if context == "true" else seen)[before].all()
+    own = ~_same(seen, data.latents) & before
     assert own.any(dim=1).all()
     error = (seen - data.latents).abs().amax(dim=(1, 3, 4))[own]
     torch.testing.assert_close(error, torch.full_like(error, 0.2), atol=1e-3, rtol=0)  # its bias in the last step
