@@ -76,12 +76,6 @@ def rounded(model: nn.Module, config: FinetuneConfig) -> dict[str, Tensor]:
     }
 
 
-def artifact_of(sha256: str, kind: str) -> str | None:
-    """The id of the newest artifact of a kind that holds a file with these bytes."""
-    found = [a.id for a in Store().find(kind) if any(entry.sha256 == sha256 for entry in a.files.values())]
-    return found[-1] if found else None
-
-
 def finish(
     job: Any, request: Any, config: FinetuneConfig, state: Any, curve: Any, seconds: Mapping[str, float]
 ) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from worldloom import config as configs
 from worldloom import registry
-from worldloom.artifacts import file_digest
+from worldloom.artifacts import Store, file_digest
 from worldloom.errors import WorldloomError
 from worldloom.progress import progress
 from worldloom.schema import LatentBatch
@@ -25,7 +25,7 @@ from worldloom.weights import WEIGHTS, assign_weights, read_weights, write_weigh
 from worldloom_finetune import data, lora
 from worldloom_finetune.config import FinetuneConfig
 from worldloom_finetune.distillation import world_loss
-from worldloom_finetune.export import artifact_of, rounded
+from worldloom_finetune.export import rounded
 from worldloom_finetune.objectives import ObjectiveConfig, channel_weights
 from worldloom_model_zoo.predict.checkpoint import PredictAdapter, fresh_actions
 from worldloom_model_zoo.predict.config import (
@@ -101,7 +101,7 @@ class WorldJob:
             self.digests["teacher"] = teacher.sha256
         inputs = [*dataset.ids, f"tokenizer:{tokenizer.get('name', 'tokenizer')}@{fingerprint}"]
         weights = {source.sha256: source.name for source in (base, teacher) if source is not None and source.sha256}
-        inputs += [artifact_of(sha256, "model") or f"model:{name}@{sha256}" for sha256, name in weights.items()]
+        inputs += [Store().holding(sha256, "model") or f"model:{name}@{sha256}" for sha256, name in weights.items()]
         self.inputs = tuple(inputs)
         model_config = base.checkpoint.model
         self.unused = bool(model_config.context_dim and not dataset.index.metadata.get("text_encoder"))

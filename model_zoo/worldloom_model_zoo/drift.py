@@ -45,10 +45,8 @@ ALIKE = 0.3
 STRETCHES = 5
 CURVE = 100
 """Points of a curve, at most."""
-REAL_FRAMES = 4000
-"""Real frames that the ranges are taken over, at most."""
 NEIGHBOURS = 600
-"""Real frames among which the nearest is sought, at most."""
+"""Real frames, about, among which the nearest is sought, and that variety is relative to."""
 _LOOKS = 10  # frames of each stretch and world that are encoded for their distance, and compared for variety
 
 
@@ -166,7 +164,8 @@ def measure_drift(
 
     Args:
         starts: of each world uint8 ``(T, H, W, 3)``, and its actions ``(T-1, a)`` in the model's order or None.
-        reference: real clips uint8 ``(t, H, W, 3)``, two or more.
+        reference: spans of real clips uint8 ``(t, H, W, 3)``, two or more, from all parts of their clips. The ranges
+            are taken over all of their frames.
         recorded: actions of real clips ``(t-1, a)`` in the model's order, from which those of the rollout are made;
             empty for a model without actions.
         seed: of the noise and the actions.
@@ -207,11 +206,10 @@ def measure_drift(
 
     every = max(1, frames // (STRETCHES * _LOOKS))
     notes: list[str] = []
-    real = _thinned(reference, REAL_FRAMES)
-    tables = [frame_statistics(clip) for clip in real]
+    tables = [frame_statistics(clip) for clip in reference]
     rolled = [frame_statistics(world) for world in made]
     ranges = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
-    seen = _through_tokenizer(pipeline, real)
+    seen = _through_tokenizer(pipeline, reference)
     seen_tables = [frame_statistics(clip) for clip in seen]
     trained = {name: np.concatenate([table[name] for table in seen_tables]) for name in ranges}
     values = {name: np.stack([table[name][1:] for table in rolled]) for name in ranges}  # (n, frames)
@@ -219,14 +217,14 @@ def measure_drift(
         if distance:
             features = FrameFeatures(pipeline.device)
             ranges["distance"], trained["distance"], values["distance"] = _distances(
-                features, real, seen, made[:, 1:], every
+                features, reference, seen, made[:, 1:], every
             )
     except WorldloomError as error:
         notes.append(f"The distance to real frames was not measured: {error.what}.")
     edges = np.linspace(0, frames, STRETCHES + 1).round().astype(int)
     spans = [(int(first), int(last)) for first, last in itertools.pairwise(edges)]
     statistics = {name: _statistic(ranges[name], trained[name], values[name], spans, name) for name in ranges}
-    apart = _between([clip[:: max(1, len(clip) // 16)] for clip in real])
+    apart = _between(_thinned(reference))
     variety = [
         _between([world[1 + first : 1 + last : every] for world in made], at_once=True) / max(apart, 1e-9)
         for first, last in spans
@@ -237,7 +235,7 @@ def measure_drift(
         stretches=[(first + 1, last) for first, last in spans],
         statistics=statistics,
         variety=variety if len(starts) > 1 else [],
-        real_frames=sum(map(len, real)),
+        real_frames=sum(map(len, reference)),
         frames_per_second=len(starts) * steps * ratio / max(seconds, 1e-9),
         notes=tuple(notes),
         shown=tuple(made[:shown]),
@@ -290,9 +288,7 @@ def _distances(
     features: FrameFeatures, real: Sequence[np.ndarray], seen: Sequence[np.ndarray], made: np.ndarray, every: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Distance to the nearest real frame of other clips: of real frames, of those a tokenizer shows, of made ones."""
-    thin, thin_seen = (
-        [clip[:: max(1, -(-sum(map(len, real)) // NEIGHBOURS))] for clip in clips] for clips in (real, seen)
-    )
+    thin, thin_seen = _thinned(real), _thinned(seen)
     owner, owner_seen = (np.repeat(np.arange(len(clips)), [len(clip) for clip in clips]) for clips in (thin, thin_seen))
     known = features(np.concatenate(thin))
     between, between_seen = _pairwise(known, known), _pairwise(features(np.concatenate(thin_seen)), known)
@@ -334,10 +330,10 @@ def _coarse(frames: np.ndarray) -> np.ndarray:
     return cut.reshape(len(frames), h, block_h, w, block_w, 3).mean((2, 4))
 
 
-def _thinned(clips: Sequence[np.ndarray], frames: int) -> list[np.ndarray]:
-    """The first frames of each clip, so that there are about ``frames`` of all clips together."""
-    budget = max(2, frames // len(clips))
-    return [clip[:budget] for clip in clips]
+def _thinned(clips: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Every so many frames of each clip, so that about `NEIGHBOURS` are left."""
+    every = max(1, -(-sum(map(len, clips)) // NEIGHBOURS))
+    return [clip[::every] for clip in clips]
 
 
 def _joined(recorded: Sequence[np.ndarray], length: int, random: np.random.Generator) -> np.ndarray:

@@ -26,10 +26,14 @@ if TYPE_CHECKING:
 REAL = "real clips"
 SAME = "data"
 """As ``physics``: the simulator that the tested dataset was recorded in."""
-WORLDS = 8
-"""Worlds that are stepped to measure drift."""
+WORLDS = 24
+"""Worlds that are stepped to measure drift, at most."""
 FITTED_CLIPS = 60
-"""Reference clips that probes and ranges are taken from, at most; spread evenly."""
+"""Reference clips that probes are fitted to, at most; spread evenly."""
+RANGE_CLIPS, RANGE_FRAMES = 300, 6400
+"""Reference clips, and frames of all of them together, that ranges are taken from, at most. Frames of one clip are
+alike: the ends of a range need many clips rather than many frames."""
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,19 @@ class Reference:
                 given = torch.from_numpy(clip.actions)[None]
                 actions = self.pipeline.align(given, self.pool.action_names)[0].numpy()
             yield clip.frames, actions
+
+    def pieces(self, clips: int, frames: int) -> Iterator[np.ndarray]:
+        """A span of each of at most ``clips`` clips, ``frames`` frames together: uint8 ``(t, H, W, 3)``.
+
+        Where in its clip a span lies is spread evenly from the first frame to the last, for clips may change as they
+        go on: an agent that explores at first, say, stands before a wall later.
+        """
+        picked = np.linspace(0, len(self.numbers) - 1, min(clips, len(self.numbers))).round().astype(int)
+        for place, number in enumerate(self.numbers[i] for i in picked):
+            total = self.pool.lengths[number]
+            length = min(total, max(2, frames // len(picked)))
+            at = round((total - length) * (place * _GOLDEN % 1))  # multiples of it, modulo 1, fill [0, 1) evenly
+            yield self.pool.at(number, at, length).frames
 
     def spans(self, length: int, count: int) -> Iterator[np.ndarray]:
         """At most ``count`` non-overlapping spans of ``length`` frames, spread evenly over all clips."""
@@ -196,13 +213,12 @@ class Suite:
         for i in picked:
             frames = pool.at(self.windows[i].sample, self.windows[i].start, context).frames
             starts.append((frames, None if self.actions is None else self.actions[i, : context - 1].numpy()))
-        clips = list(self.reference.clips())
-        recorded = [actions for _, actions in clips if actions is not None and len(actions)]
+        recorded = [actions for _, actions in self.reference.clips() if actions is not None and len(actions)]
         if self.pipeline.action_dim and not recorded:
             raise WorldloomError("drift steps the model with recorded actions, and the reference carries none")
         return measure_drift(
-            self.pipeline, starts, [frames for frames, _ in clips], recorded, self.config.drift, seed=self.config.seed,
-            progress=self.progress,
+            self.pipeline, starts, list(self.reference.pieces(RANGE_CLIPS, RANGE_FRAMES)), recorded, self.config.drift,
+            seed=self.config.seed, progress=self.progress,
         )  # fmt: skip
 
     def _physics(self) -> Any:

@@ -354,6 +354,11 @@ class Store:
         ids = [key for key in self._ids() if kind is None or key.rpartition("-")[0] == kind]
         return sorted((self._read(key) for key in ids), key=lambda artifact: (artifact.created, artifact.id))
 
+    def holding(self, sha256: str, kind: str) -> str | None:
+        """The id of the newest artifact of a kind that holds a file with these bytes."""
+        found = [a.id for a in self.find(kind) if any(entry.sha256 == sha256 for entry in a.files.values())]
+        return found[-1] if found else None
+
     def fetch(self, id_or_prefix: str, dest: str | Path) -> Path:
         """Bring an artifact's files into the folder `dest`, each checked and atomic; files already there are kept.
 

@@ -1,5 +1,5 @@
 """``worldloom models``: what models and tokenizers this machine knows, whether their files are what they claim, and
-published checkpoints pulled, converted, imported and exported."""
+published checkpoints pulled, converted, imported and exported, and averages made."""
 
 from __future__ import annotations
 
@@ -217,6 +217,30 @@ def export(model: str, layout: str, out: str) -> None:
         raise WorldloomError("this is not a checkpoint folder", got=model, do="give a folder with config.toml")
     family = str(configs.read_toml(settings).get("family", ""))
     click.echo(_of_family(family, "exporter")(folder, out, layout))
+
+
+@models.command()
+@click.argument("parts", nargs=-1, required=True, metavar="MODEL=SHARE...")
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder of the checkpoint.")
+@_store_option
+def average(parts: tuple[str, ...], out: str, root: str | None) -> None:
+    """Average the weights of checkpoints of one network, such as a fine-tuned model and its base.
+
+    MODEL is a checkpoint folder or a name; the shares sum to 1. Configuration and precision are those of the first.
+    """
+    from worldloom.averaging import average as average_
+
+    shares = {}
+    for part in parts:
+        name, _, share = part.rpartition("=")
+        try:
+            shares[name] = float(share)
+        except ValueError:
+            raise click.UsageError(f"a part is MODEL=SHARE, not {part}") from None
+    if len(shares) != len(parts):
+        raise click.UsageError("a model is given twice")
+    made = average_(shares, out, Store(root))
+    click.echo(f"{out}  ({made.id})")
 
 
 @models.command()

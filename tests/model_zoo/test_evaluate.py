@@ -33,7 +33,7 @@ from worldloom_model_zoo.evaluate import (
     plan,
 )
 from worldloom_model_zoo.evaluate_report import print_table, run
-from worldloom_model_zoo.suite import REAL
+from worldloom_model_zoo.suite import REAL, Reference
 
 CONFIG = EvalConfig(horizon=8, context=5, clips=0, batch_size=3, videos=2)
 
@@ -213,6 +213,19 @@ def test_unknown_actions_and_latents_are_refused(folder: Path, tmp_path: Path) -
     strange = tiny_models.clips(tmp_path / "strange", names=("jump", "duck"))
     with pytest.raises(WorldloomError, match="does not know these actions"):
         evaluate(load_model(folder), strange, CONFIG)
+
+
+def test_ranges_are_taken_from_all_parts_of_the_reference_clips(folder: Path, tmp_path: Path) -> None:
+    dataset = tiny_models.clips(tmp_path / "clips", (20,) * 8)
+    reference = Reference(load_model(folder), dataset, dataset)
+    spans = list(reference.pieces(clips=8, frames=40))
+    places = []
+    for number, span in enumerate(spans):
+        clip = reference.pool.whole(number).frames
+        places += [at for at in range(16) if np.array_equal(clip[at : at + 5], span)]
+    assert len(places) == 8
+    assert max(np.diff([0, *sorted(places), 15])) <= 4  # all parts of a clip, not the first alone
+    assert [len(span) for span in reference.pieces(clips=4, frames=6400)] == [20] * 4
 
 
 def test_windows_are_thinned_evenly(dataset: Dataset) -> None:

@@ -1,0 +1,82 @@
+"""Averages of checkpoints: by hand, as a model that runs, what is recorded, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from worldloom.artifacts import Store
+from worldloom.averaging import average
+from worldloom.cli import main
+from worldloom.errors import WorldloomError
+from worldloom.loading import load_model
+from worldloom.weights import read_weights, write_weights
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    return tiny_models.tokenizer_folder(tmp_path / "tokenizer")
+
+
+@pytest.fixture
+def two(tmp_path: Path, tokenizer: Path) -> tuple[str, str]:
+    folders = [tiny_models.world_folder(tmp_path / name, tokenizer, seed=seed) for seed, name in enumerate("ab")]
+    return str(folders[0]), str(folders[1])
+
+
+def test_an_average_is_the_mean_of_all_tensors_and_a_model(tmp_path: Path, two: tuple[str, str]) -> None:
+    store, out = Store(tmp_path / "store"), tmp_path / "mean"
+    base = store.put(two[1], kind="model", name="base")
+    done = CliRunner().invoke(
+        main, ["models", "average", f"{two[0]}=0.75", f"{two[1]}=.25", "--out", str(out), "--store", str(store.root)]
+    )
+    assert done.exit_code == 0, done.output
+    a, b, mean = (load_file(Path(folder) / "model.safetensors") for folder in (*two, out))
+    assert mean.keys() == a.keys()
+    for key, tensor in mean.items():
+        assert tensor.dtype == a[key].dtype
+        torch.testing.assert_close(tensor, (0.75 * a[key].double() + 0.25 * b[key].double()).to(tensor.dtype))
+    assert any(not torch.equal(a[key], b[key]) for key in a)
+    assert (out / "config.toml").read_text() == (Path(two[0]) / "config.toml").read_text()
+    (made,) = (artifact for artifact in store.find("model") if artifact.name == "mean")
+    assert made.id in done.output
+    assert base.id in made.inputs  # a checkpoint that was made here; the other is named with its digest
+    assert any(given.startswith(f"model:{two[0]}@") for given in made.inputs)
+    assert load_model(out).action_dim == 3
+
+
+def test_low_precision_is_averaged_in_high(tmp_path: Path, two: tuple[str, str]) -> None:
+    for folder in map(Path, two):
+        write_weights({key: tensor.half() for key, tensor in read_weights(folder).items()}, folder)
+    average({two[0]: 0.7, two[1]: 0.3}, tmp_path / "mean", Store(tmp_path / "store"))
+    a, b, mean = (load_file(Path(folder) / "model.safetensors") for folder in (*two, tmp_path / "mean"))
+    for key, tensor in mean.items():
+        assert tensor.dtype == torch.float16
+        assert torch.equal(tensor, (0.7 * a[key].double() + 0.3 * b[key].double()).half())
+
+
+def test_what_has_no_average_is_refused(tmp_path: Path, tokenizer: Path, two: tuple[str, str]) -> None:
+    out = tmp_path / "mean"
+    for shares in ({two[0]: 1.0}, {two[0]: 0.7, two[1]: 0.7}, {two[0]: 1.5, two[1]: -0.5}):
+        with pytest.raises(WorldloomError, match="positive shares that sum to 1"):
+            average(shares, out)
+    other = str(tiny_models.world_folder(tmp_path / "c", tokenizer, actions=("left", "right")))
+    with pytest.raises(WorldloomError, match="differ in model and action_names"):
+        average({two[0]: 0.5, other: 0.5}, out)
+    elsewhere = tiny_models.tokenizer_folder(tmp_path / "another", seed=5)
+    with pytest.raises(WorldloomError, match="differ in tokenizer"):
+        average({two[0]: 0.5, str(tiny_models.world_folder(tmp_path / "d", elsewhere)): 0.5}, out)
+    with pytest.raises(WorldloomError, match="not a checkpoint folder with whole weights"):
+        average({two[0]: 0.5, str(tmp_path): 0.5}, out)
+    assert not out.exists()
+    out.mkdir()
+    with pytest.raises(WorldloomError, match="the output exists"):
+        average({two[0]: 0.5, two[1]: 0.5}, out)
+    for wrong in (["a"], ["a=x", "b=1"], [f"{two[0]}=0.5", f"{two[0]}=0.5"]):
+        done = CliRunner().invoke(main, ["models", "average", *wrong, "--out", str(tmp_path / "new")])
+        assert done.exit_code == 2
