@@ -38,6 +38,6 @@ MODELS = {
         "summary": "Interactive world model of a 3-D maze (ViZDoom), 64x64, stepped by actions.",
         "family": "predict",
         "path": "weights/loom-world-nano",
-        "sha256": "6789b5c9a45f5df0bbc4bcaf324b8737b4abc84d1404134a1ba9f1de0c7b87be",
+        "sha256": "4be3afbf5a59374a3025a19e4ba136d509e009997fb31ab2ab1a706288a8a938",
     },
 }
