@@ -36,7 +36,8 @@ def average(shares: Mapping[str, float], out: str | Path, store: Store | None = 
     """
     import torch
 
-    if len(shares) < 2 or min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > _SUM:
+    given = list(shares.values())
+    if len(given) < 2 or not all(share > 0 for share in given) or not abs(sum(given) - 1) <= _SUM:  # NaN is none
         raise WorldloomError(
             "an average is of two checkpoints or more, with positive shares that sum to 1",
             got=", ".join(f"{name}={share:g}" for name, share in shares.items()),

@@ -62,7 +62,8 @@ def test_low_precision_is_averaged_in_high(tmp_path: Path, two: tuple[str, str])
 
 def test_what_has_no_average_is_refused(tmp_path: Path, tokenizer: Path, two: tuple[str, str]) -> None:
     out = tmp_path / "mean"
-    for shares in ({two[0]: 1.0}, {two[0]: 0.7, two[1]: 0.7}, {two[0]: 1.5, two[1]: -0.5}):
+    for a, b in ((0.7, 0.7), (1.5, -0.5), (float("nan"), 0.5), (1.0, None)):
+        shares = {two[0]: a} | ({} if b is None else {two[1]: b})
         with pytest.raises(WorldloomError, match="positive shares that sum to 1"):
             average(shares, out)
     other = str(tiny_models.world_folder(tmp_path / "c", tokenizer, actions=("left", "right")))
