@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from worldloom.errors import WorldloomError
+from worldloom.order import spread
 from worldloom.progress import progress
 from worldloom_finetune import data
 from worldloom_finetune.config import FinetuneConfig
@@ -75,7 +76,7 @@ def contact_sheet(items: data.ClipItems, device: torch.device, again: Callable[[
     from worldloom import media
 
     rows: list[np.ndarray] = []
-    for index in data.spread(len(items), 3):
+    for index in spread(len(items), 3):
         frames = items.item(0, index)
         made = again(items.collate([frames]).to(device)).clamp(-1, 1)
         rows += [frames, media.to_frames(made.cpu())[0]]

@@ -331,11 +331,6 @@ class Joined:
 # -- clips --------------------------------------------------------------------------------------------------------
 
 
-def spread(total: int, count: int) -> list[int]:
-    """At most `count` indices, evenly spread over ``range(total)``."""
-    return [int(i) for i in np.linspace(0, total - 1, min(count, total)).round()] if total else []
-
-
 class FrameBank:
     """All decoded frames of a clips dataset in one memory-mapped file, so that they are decoded once.
 

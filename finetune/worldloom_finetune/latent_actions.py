@@ -13,6 +13,7 @@ from torch import Tensor
 
 from worldloom import config as configs
 from worldloom.errors import WorldloomError
+from worldloom.order import spread
 from worldloom_finetune import data
 from worldloom_finetune.clips import open_bank, refuse_lora
 from worldloom_finetune.config import FinetuneConfig
@@ -84,7 +85,7 @@ class LatentActionJob:
             digests["base"] = model.fingerprint
             inputs += (f"model:{request.model}@{model.fingerprint}",)
         train, val = _windows(bank, config, model.config.past)
-        first = train.collate([train.item(0, i) for i in data.spread(len(train), _FIRST_WINDOWS)])
+        first = train.collate([train.item(0, i) for i in spread(len(train), _FIRST_WINDOWS)])
         model.check_video(first)
         if fresh:
             model.initialise(first)
@@ -102,7 +103,7 @@ class LatentActionJob:
 
         items, codes = self.val if len(self.val) else self.train, self.model.config.codes
         rows: list[np.ndarray] = []
-        for index in data.spread(len(items), 6):
+        for index in spread(len(items), 6):
             video = items.collate([items.item(0, index)]).to(next(self.model.parameters()).device)
             past = video[:, :, :-1].expand(codes, -1, -1, -1, -1)
             actions = torch.arange(codes)[:, None].expand(-1, past.shape[2])
@@ -123,7 +124,7 @@ class LatentActionJob:
             return {}
         errors = torch.zeros(2, dtype=torch.float64)
         counts = torch.zeros(self.model.config.codes, dtype=torch.int64)
-        chosen = data.spread(len(self.val), _HELD_OUT_WINDOWS)
+        chosen = spread(len(self.val), _HELD_OUT_WINDOWS)
         for index in chosen:
             video = self.val.collate([self.val.item(0, index)])
             past, following, actions = video[:, :, :-1], video[:, :, 1:], self.model.infer(video)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from worldloom import config as configs
 from worldloom.errors import WorldloomError
+from worldloom.order import spread
 from worldloom_finetune import data
 from worldloom_finetune.clips import contact_sheet, open_bank, open_windows, psnr, refuse_lora
 from worldloom_finetune.config import FinetuneConfig
@@ -95,7 +96,7 @@ class PreviewJob:
             configs.load(PreviewConfig, base={**config.model, **sizes}), Teacher(name, teacher.fingerprint)
         )
         train, val = open_windows(bank, config, teacher)
-        first = train.collate([train.item(0, i) for i in data.spread(len(train), _FIRST_WINDOWS)])
+        first = train.collate([train.item(0, i) for i in spread(len(train), _FIRST_WINDOWS)])
         with torch.no_grad():
             model.initialise(teacher.encode(first), first)
         digests = {"dataset": dataset.id, "tokenizer": teacher.fingerprint}
@@ -131,7 +132,7 @@ class PreviewJob:
         previews against those."""
         values: dict[str, list[float]] = {"psnr_db": [], "tokenizer_psnr_db": [], "psnr_db_to_tokenizer": []}
         teacher = self._teacher.cpu().float()
-        for index in data.spread(len(self.val), _HELD_OUT_WINDOWS):
+        for index in spread(len(self.val), _HELD_OUT_WINDOWS):
             video = self.val.collate([self.val.item(0, index)])
             latents = teacher.encode(video)
             made, own = self.model.decode(latents), teacher.decode(latents)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from worldloom import config as configs
 from worldloom.errors import WorldloomError
+from worldloom.order import spread
 from worldloom_finetune import data
 from worldloom_finetune.clips import contact_sheet, open_bank, open_windows, psnr, refuse_lora
 from worldloom_finetune.config import FinetuneConfig
@@ -98,7 +99,7 @@ class TokenizerJob:
                 tokenizer = _discretised(tokenizer, config.model)
         train, val = open_windows(bank, config, tokenizer)
         if preset is not None:
-            tokenizer.initialise(train.collate([train.item(0, i) for i in data.spread(len(train), _FIRST_WINDOWS)]))
+            tokenizer.initialise(train.collate([train.item(0, i) for i in spread(len(train), _FIRST_WINDOWS)]))
         return cls(config, tokenizer, train, val, digests, inputs)
 
     def loss(self, batch: Tensor, generator: torch.Generator, step: int | None) -> tuple[Tensor, dict[str, float]]:
@@ -130,7 +131,7 @@ class TokenizerJob:
             return
         total = squares = torch.zeros((), dtype=torch.float64)
         count = 0
-        for index in data.spread(len(self.train), _MEASURED_WINDOWS):
+        for index in spread(len(self.train), _MEASURED_WINDOWS):
             raw = self.tokenizer.encode_raw(self.train.collate([self.train.item(0, index)])).double()
             total = total + raw.sum(dim=(0, 2, 3, 4))
             squares = squares + raw.square().sum(dim=(0, 2, 3, 4))
@@ -147,7 +148,7 @@ class TokenizerJob:
         """
         values: list[float] = []
         counts = torch.zeros(self.tokenizer.codebooks, self.tokenizer.codebook_size, dtype=torch.int64)
-        for index in data.spread(len(self.val), _HELD_OUT_WINDOWS):
+        for index in spread(len(self.val), _HELD_OUT_WINDOWS):
             video = self.val.collate([self.val.item(0, index)])
             latents = self.tokenizer.encode(video)
             values += psnr(self.tokenizer.decode(latents), video)

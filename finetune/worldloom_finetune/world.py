@@ -18,6 +18,8 @@ from worldloom import config as configs
 from worldloom import registry
 from worldloom.artifacts import Store, file_digest
 from worldloom.errors import WorldloomError
+from worldloom.loading import checkpoint_folder
+from worldloom.order import spread
 from worldloom.progress import progress
 from worldloom.schema import LatentBatch
 from worldloom.shards import DatasetIndex, ShardSample, open_dataset
@@ -202,7 +204,7 @@ class WorldJob:
             return None
         if self._weights is None:
             count = min(8, len(self.train))
-            latents = self.train.collate([self.train.item(0, i) for i in data.spread(len(self.train), count)]).latents
+            latents = self.train.collate([self.train.item(0, i) for i in spread(len(self.train), count)]).latents
             tokenizer = self._load_tokenizer()
             if tokenizer is None:
                 raise WorldloomError(
@@ -457,9 +459,7 @@ def find_checkpoint(name: str) -> tuple[Path, str]:
             got=name,
             do=f"presets: {', '.join(f'predict/{p}' for p in _PRESETS)}; models: {', '.join(registry.names('models'))}",
         )
-    entry = registry.entry("models", name)
-    assert entry.folder is not None, f"catalog line of {name} has no path"
-    return Path(entry.folder), str(entry.meta.get("sha256", ""))
+    return checkpoint_folder(name)
 
 
 def build(base: Base) -> PredictTransformer:

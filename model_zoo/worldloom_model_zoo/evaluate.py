@@ -33,6 +33,7 @@ import numpy as np
 from worldloom import media
 from worldloom.compare import flicker, mse, psnr, ssim
 from worldloom.errors import WorldloomError
+from worldloom.order import spread
 from worldloom.schema import Clip
 from worldloom.shards import Dataset, open_dataset
 
@@ -285,7 +286,7 @@ def evaluate(
 
     suite = Suite(pipeline, dataset, windows, config, actions, progress)
     tally = _Tally()
-    shown = set(np.linspace(0, len(windows) - 1, min(config.videos, len(windows))).round().astype(int).tolist())
+    shown = set(spread(len(windows), config.videos))
     examples: list[Example] = []
     length, sampling = config.context + config.horizon, 0.0
     for first, truth in _batches(dataset, windows, length, pipeline, config.batch_size):
@@ -359,7 +360,7 @@ def plan(dataset: Dataset, config: EvalConfig, select: Callable[[Clip], bool] | 
             do="give longer clips, or lower the horizon or the context",
         )
     if config.clips and len(found) > config.clips:
-        found = [found[int(i)] for i in np.linspace(0, len(found) - 1, config.clips).round()]
+        found = [found[i] for i in spread(len(found), config.clips)]
     return found
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from worldloom import media
 from worldloom.errors import WorldloomError
+from worldloom.order import spread
 from worldloom.shards import Dataset, open_dataset
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def _real(dataset: Dataset, config: PromptConfig, size: tuple[int, int]) -> list
             f"a classifier needs at least 4 clips of {config.frames} frames of each world",
             got=f"{dataset.root}: {len(whole)}",
         )
-    chosen = [whole[int(i)] for i in np.linspace(0, len(whole) - 1, min(config.clips, len(whole))).round()]
+    chosen = [whole[i] for i in spread(len(whole), config.clips)]
     found = []
     for index in chosen:
         video = dataset.load(index).video

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from worldloom.errors import WorldloomError
+from worldloom.order import spread
 from worldloom.shards import Dataset, open_dataset
 from worldloom_model_zoo.starts import StartPool
 
@@ -76,9 +77,8 @@ class Reference:
 
     def clips(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         """Frames uint8 ``(T, H, W, 3)`` and actions ``(T-1, a)`` of some clips, spread evenly."""
-        picked = np.linspace(0, len(self.numbers) - 1, min(FITTED_CLIPS, len(self.numbers))).round().astype(int)
-        for number in picked:
-            clip = self.pool.whole(self.numbers[number])
+        for which in spread(len(self.numbers), FITTED_CLIPS):
+            clip = self.pool.whole(self.numbers[which])
             actions = None
             if clip.actions is not None and self.pipeline.action_dim:
                 given = torch.from_numpy(clip.actions)[None]
@@ -91,10 +91,10 @@ class Reference:
         Where in its clip a span lies is spread evenly from the first frame to the last, for clips may change as they
         go on: an agent that explores at first, say, stands before a wall later.
         """
-        picked = np.linspace(0, len(self.numbers) - 1, min(clips, len(self.numbers))).round().astype(int)
-        for place, number in enumerate(self.numbers[i] for i in picked):
+        picked = spread(len(self.numbers), clips)
+        for place, number in enumerate(self.numbers[which] for which in picked):
             total = self.pool.lengths[number]
-            length = min(total, max(2, frames // len(picked)))
+            length = min(total, frames // len(picked))
             at = round((total - length) * (place * _GOLDEN % 1))  # multiples of it, modulo 1, fill [0, 1) evenly
             yield self.pool.at(number, at, length).frames
 
@@ -102,7 +102,7 @@ class Reference:
         """At most ``count`` non-overlapping spans of ``length`` frames, spread evenly over all clips."""
         lengths = self.pool.lengths
         found = [(n, at) for n in self.numbers for at in range(0, lengths[n] - length + 1, length)]
-        for which in np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int):
+        for which in spread(len(found), count):
             number, at = found[which]
             yield self.pool.at(number, at, length).frames
 
@@ -206,11 +206,10 @@ class Suite:
         from worldloom_model_zoo.drift import measure_drift
 
         chosen = [i for i, window in enumerate(self.windows) if self.reference.tests(window.sample)]
-        picked = [chosen[i] for i in np.linspace(0, len(chosen) - 1, min(WORLDS, len(chosen))).round().astype(int)]
         pool = StartPool(self.dataset, self.reference.pool.size)
         context = self.config.context
         starts = []
-        for i in picked:
+        for i in (chosen[which] for which in spread(len(chosen), WORLDS)):
             frames = pool.at(self.windows[i].sample, self.windows[i].start, context).frames
             starts.append((frames, None if self.actions is None else self.actions[i, : context - 1].numpy()))
         recorded = [actions for _, actions in self.reference.clips() if actions is not None and len(actions)]

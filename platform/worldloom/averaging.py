@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from worldloom import config as configs
-from worldloom import registry
 from worldloom.artifacts import Artifact, Store, atomic_dir, file_digest
 from worldloom.errors import WorldloomError
-from worldloom.weights import WEIGHTS, read_weights, write_weights
+from worldloom.loading import checkpoint_folder
+from worldloom.weights import WEIGHTS, misfit, read_weights, write_weights
 
 _SUM = 1e-6  # how far from 1 the shares may sum to
 
@@ -46,19 +46,26 @@ def average(shares: Mapping[str, float], out: str | Path, store: Store | None = 
     out = Path(out)
     if out.exists():
         raise WorldloomError("the output exists", got=out, do="give a new folder")
-    folders, digests = {}, {}
-    for name in shares:
-        folders[name], digests[name] = _folder(name)
-    first, *others = folders
-    settings = configs.read_toml(folders[first] / "config.toml")
-    weights = read_weights(folders[first], digests[first])
+    found = {name: checkpoint_folder(name) for name in shares}
+    for name, (folder, _) in found.items():
+        if not (folder / "config.toml").is_file() or not (folder / WEIGHTS).is_file():
+            raise WorldloomError(
+                "this is not a checkpoint folder with whole weights",
+                got=name,
+                do=f"give one with config.toml and {WEIGHTS}",
+            )
+    first, *others = found
+    folder, sha256 = found[first]
+    settings, weights = configs.read_toml(folder / "config.toml"), read_weights(folder, sha256)
     total = {key: tensor.double() * shares[first] for key, tensor in weights.items()}
     for name in others:
-        _check_same(first, settings, name, configs.read_toml(folders[name] / "config.toml"))
-        added = read_weights(folders[name], digests[name])
-        if {k: x.shape for k, x in added.items()} != {k: x.shape for k, x in weights.items()}:
-            odd = sorted(k for k in added.keys() | weights.keys() if _shape(added, k) != _shape(weights, k))
-            raise WorldloomError("the checkpoints hold other tensors", got=f"{first} and {name}: {odd[:3]}")
+        folder, sha256 = found[name]
+        _check_same(first, settings, name, configs.read_toml(folder / "config.toml"))
+        added = read_weights(folder, sha256)
+        if unlike := misfit(weights, {key: key for key in weights}, added):
+            raise WorldloomError(
+                f"{name} does not hold the tensors of {first}", got=unlike, do="give checkpoints of one network"
+            )
         for key, tensor in added.items():
             total[key] += tensor.double() * shares[name]
     made = {}
@@ -68,33 +75,14 @@ def average(shares: Mapping[str, float], out: str | Path, store: Store | None = 
         if not torch.isfinite(made[key]).all():
             raise WorldloomError("an average is not finite", got=key, do="check the checkpoints")
     said = " and ".join(f"{share:g} of `{name}`" for name, share in shares.items())
-    with atomic_dir(out) as folder:
-        write_weights(made, folder)
-        shutil.copyfile(folders[first] / "config.toml", folder / "config.toml")
-        (folder / "README.md").write_text(f"# {out.name}\n\nThe mean of the weights of {said}.\n", encoding="utf-8")
+    with atomic_dir(out) as new:
+        write_weights(made, new)
+        shutil.copyfile(found[first][0] / "config.toml", new / "config.toml")
+        (new / "README.md").write_text(f"# {out.name}\n\nThe mean of the weights of {said}.\n", encoding="utf-8")
     store = store or Store()
-    digests = {name: file_digest(folders[name] / WEIGHTS) for name in shares}
+    digests = {name: file_digest(folder / WEIGHTS) for name, (folder, _) in found.items()}
     inputs = [store.holding(digest, "model") or f"model:{name}@{digest}" for name, digest in digests.items()]
     return store.put(out, kind="model", name=out.name, inputs=inputs, config={"shares": dict(shares)})
-
-
-def _folder(name: str) -> tuple[Path, str]:
-    """The folder of a checkpoint with whole weights, and the digest that a catalog promises for them.
-
-    Raises:
-        WorldloomError: nothing of that name, or no such folder.
-    """
-    folder, promised = Path(name), ""
-    if not folder.is_dir():
-        entry = registry.entry("models", name)
-        folder, promised = entry.folder, str(entry.meta.get("sha256", ""))
-    if folder is None or not (folder / "config.toml").is_file() or not (folder / WEIGHTS).is_file():
-        raise WorldloomError(
-            "this is not a checkpoint folder with whole weights",
-            got=name,
-            do=f"give one with config.toml and {WEIGHTS}",
-        )
-    return folder, promised
 
 
 def _check_same(first: str, settings: Mapping[str, Any], name: str, other: Mapping[str, Any]) -> None:
@@ -112,7 +100,3 @@ def _check_same(first: str, settings: Mapping[str, Any], name: str, other: Mappi
             got=f"{first} and {name}",
             do="average checkpoints of which one was trained from the other, or both from a third",
         )
-
-
-def _shape(weights: Mapping[str, Any], key: str) -> Any:
-    return weights[key].shape if key in weights else None

@@ -33,12 +33,8 @@ def load_model(
     if "/" not in text and not folder.is_dir():
         made = _made(text, store)
         if made is None:
-            entry = registry.entry("models", text)
-            assert entry.folder is not None, f"catalog line of {text} has no path"
-            sha256 = str(entry.meta.get("sha256", ""))
-            return registry.load("models", text)(
-                entry.folder, device=device, sha256=sha256, tokenizer=tokenizer, name=text
-            )
+            shipped, sha256 = checkpoint_folder(text)
+            return registry.load("models", text)(shipped, device=device, sha256=sha256, tokenizer=tokenizer, name=text)
         folder = made
     settings = folder / "config.toml"
     if not settings.is_file():
@@ -49,6 +45,19 @@ def load_model(
         )
     family = str(configs.read_toml(settings).get("family", ""))
     return registry.load("families", family)(folder, device=device, tokenizer=tokenizer)
+
+
+def checkpoint_folder(name: str) -> tuple[Path, str]:
+    """The folder that a catalog name or a path means, there or not, and the sha256 of its weights: "" for a path.
+
+    Raises:
+        WorldloomError: a name that no catalog has.
+    """
+    if "/" in name or Path(name).is_dir():
+        return Path(name), ""
+    entry = registry.entry("models", name)
+    assert entry.folder is not None, f"catalog line of {name} has no path"
+    return entry.folder, str(entry.meta.get("sha256", ""))
 
 
 def _made(text: str, store: Store | None) -> Path | None:

@@ -15,6 +15,7 @@ import click
 from worldloom import registry
 from worldloom.artifacts import Artifact, Store, file_digest
 from worldloom.errors import WorldloomError
+from worldloom.loading import checkpoint_folder
 
 State = Literal["ok", "missing", "changed", "unchecked"]
 _WEIGHTS = "model.safetensors"
@@ -211,9 +212,9 @@ def export(model: str, layout: str, out: str) -> None:
     """Write the weights of MODEL, a checkpoint folder or a name, as others publish them."""
     from worldloom import config as configs
 
-    folder = Path(model) if Path(model).is_dir() else registry.entry("models", model).folder
-    settings = folder / "config.toml" if folder is not None else None
-    if settings is None or not settings.is_file():
+    folder, _ = checkpoint_folder(model)
+    settings = folder / "config.toml"
+    if not settings.is_file():
         raise WorldloomError("this is not a checkpoint folder", got=model, do="give a folder with config.toml")
     family = str(configs.read_toml(settings).get("family", ""))
     click.echo(_of_family(family, "exporter")(folder, out, layout))

@@ -10,6 +10,8 @@ Three things are decided, each reproducibly:
 - the sample: the next of that dataset and shape in the shuffled order of its current epoch. Each dataset and shape (a
   cell) goes through an order of its own and is shuffled anew when it is exhausted, so no sample is left out: what does
   not fill a batch at the end of an epoch is filled from the next.
+
+`spread` picks a few of many samples evenly: for tests, pictures and first looks.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import numpy as np
 
 from worldloom.errors import WorldloomError
 
-__all__ = ["Plan", "Turns", "permutation"]
+__all__ = ["Plan", "Turns", "permutation", "spread"]
 
 _TURNS = 2**32 - 1  # keeps the seeds of turns apart from those of permutations
 
@@ -32,6 +34,11 @@ _TURNS = 2**32 - 1  # keeps the seeds of turns apart from those of permutations
 def permutation(samples: int, seed: int, epoch: int, cell: int = 0) -> np.ndarray:
     """The order of an epoch: a permutation of ``range(samples)``, a pure function of its arguments."""
     return np.random.default_rng(np.random.SeedSequence([seed, epoch, cell])).permutation(samples)
+
+
+def spread(total: int, count: int) -> list[int]:
+    """At most `count` indices, evenly spread over ``range(total)``."""
+    return [int(i) for i in np.linspace(0, total - 1, min(count, total)).round()] if total else []
 
 
 class Turns:

@@ -81,3 +81,27 @@ def test_what_has_no_average_is_refused(tmp_path: Path, tokenizer: Path, two: tu
     for wrong in (["a"], ["a=x", "b=1"], [f"{two[0]}=0.5", f"{two[0]}=0.5"]):
         done = CliRunner().invoke(main, ["models", "average", *wrong, "--out", str(tmp_path / "new")])
         assert done.exit_code == 2
+
+
+def test_counters_stay_whole_and_damaged_weights_are_refused(tmp_path: Path) -> None:
+    def folder(name: str, **tensors: torch.Tensor) -> str:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.toml").write_text('family = "acme"\n')
+        write_weights(tensors, tmp_path / name)
+        return str(tmp_path / name)
+
+    store = Store(tmp_path / "store")
+    w, n = torch.tensor([1.0, 2.0]), torch.tensor([8])
+    a, b = folder("a", w=w, n=n), folder("b", w=3 * w, n=n + 1)
+    average({a: 0.4, b: 0.6}, tmp_path / "mean", store)
+    mean = read_weights(tmp_path / "mean")
+    torch.testing.assert_close(mean["w"], 2.2 * w)
+    assert mean["n"].item() == 9  # 8.6
+    assert mean["n"].dtype == torch.int64
+
+    for name, tensors in {"wider": {"w": torch.ones(3), "n": n}, "more": {"w": w, "n": n, "x": w}}.items():
+        with pytest.raises(WorldloomError, match="does not hold the tensors of"):
+            average({a: 0.5, folder(name, **tensors): 0.5}, tmp_path / "no", store)
+    with pytest.raises(WorldloomError, match="not finite"):
+        average({a: 0.5, folder("broken", w=w / 0, n=n): 0.5}, tmp_path / "no", store)
+    assert not (tmp_path / "no").exists()

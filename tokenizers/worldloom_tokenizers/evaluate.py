@@ -26,6 +26,7 @@ from worldloom.artifacts import Store, atomic_write, code_version
 from worldloom.compare import flicker, ms_ssim, ms_ssim_scales, mse, psnr, ssim
 from worldloom.errors import WorldloomError
 from worldloom.memory import peak_memory
+from worldloom.order import spread
 from worldloom.progress import progress as show_progress
 from worldloom.protocols import VideoTokenizer
 from worldloom.shards import Dataset, open_dataset
@@ -187,7 +188,7 @@ def evaluate(
     windows = _plan(dataset, config)
     device = next(iter(getattr(tokenizer, "parameters", lambda: iter(()))()), torch.zeros(())).device
     codebook_size = int(getattr(tokenizer, "codebook_size", 0))
-    kept = set(np.linspace(0, len(windows) - 1, min(config.videos, len(windows))).round().astype(int).tolist())
+    kept = set(spread(len(windows), config.videos))
     errors, similarity, multiscale, flickers = [], [], [], []
     examples: list[Example] = []
     codes: list[np.ndarray] = []
@@ -292,7 +293,7 @@ def _plan(dataset: Dataset, config: TokenizerEvalConfig) -> list[tuple[int, int]
             f"no clip has the {config.frames} frames of a window", got=dataset.root, do="set fewer --frames"
         )
     if config.clips and len(found) > config.clips:
-        found = [found[int(i)] for i in np.linspace(0, len(found) - 1, config.clips).round()]
+        found = [found[i] for i in spread(len(found), config.clips)]
     return found
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from worldloom import media
 from worldloom.artifacts import atomic_write, file_digest
 from worldloom.errors import WorldloomError
+from worldloom.order import spread
 from worldloom.protocols import VideoTokenizer
 from worldloom.shards import open_dataset
 from worldloom_tokenizers.checkpoint import load_tokenizer
@@ -194,8 +195,8 @@ def decode_dataset(
     tokenizer = _tokenizer(name, dataset.index.tokenizer or {}, Path(root), device)
     count = min(clips or len(dataset), len(dataset))
     written: list[Path] = []
-    for done, number in enumerate(np.linspace(0, len(dataset) - 1, count).round(), start=1):
-        sample = dataset.load(int(number))
+    for done, number in enumerate(spread(len(dataset), count), start=1):
+        sample = dataset.load(number)
         target = Path(out) / f"{sample.clip.id}.mp4"
         written.append(_write(tokenizer, sample.arrays["latents"], target, fps or sample.clip.fps, device))
         if progress is not None:

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from worldloom import config as configs
-from worldloom import registry
 from worldloom.artifacts import atomic_dir, file_digest
 from worldloom.errors import WorldloomError, missing_extra
+from worldloom.loading import checkpoint_folder
 from worldloom.protocols import VideoTokenizer
 from worldloom.schema import CheckpointRef
 from worldloom.weights import WEIGHTS, assign_weights, read_weights, write_weights
@@ -70,15 +70,6 @@ def save(
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def base_folder(name_or_path: str) -> Path:
-    """The folder of a base checkpoint given by catalog name or path."""
-    if "/" in name_or_path or Path(name_or_path).is_dir():
-        return Path(name_or_path)
-    folder = registry.entry("models", name_or_path).folder
-    assert folder is not None, f"catalog line of {name_or_path} has no path"
-    return folder
-
-
 def fresh_actions(model: PredictTransformer, action_dim: int) -> PredictTransformer:
     """The same weights with a fresh embedding for other actions; size 0 takes actions out.
 
@@ -97,7 +88,7 @@ def _load_adapter(path: Path, device: str, tokenizer: str | Path | None, name: s
     except ImportError as error:
         raise missing_extra("peft", "finetune") from error
     adapter = configs.load(PredictAdapter, path / "config.toml")
-    base = base_folder(adapter.base)
+    base, _ = checkpoint_folder(adapter.base)
     digest = file_digest(base / WEIGHTS) if (base / WEIGHTS).is_file() else ""
     if digest != adapter.base_sha256:
         raise WorldloomError(
